@@ -1,0 +1,46 @@
+"""The command ``mergekit-stf``: one lazily imported module for each subcommand."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from mergekit_stf import __version__
+
+COMMANDS = {
+    "demo": "Train a tiny base and its specialists, merge them, and print what each merge does.",
+    "plan": "Check a recipe and estimate time and memory, without reading weights.",
+    "merge": "Merge like mergekit-yaml, with checks first, resume after a crash, and a lock file.",
+    "sweep": "Merge once, write one model for every value of lambda, density or rank.",
+    "lora": "Merge LoRA adapters from their factors, without full copies.",
+    "verify": "Check a merge against its lock file.",
+    "report": "Write one HTML file that shows what a merge did.",
+    "doctor": "Say what is installed, whether stf is live, and which route the engine takes.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports ``mergekit_stf.cli.<name>`` only when ``<name>`` is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a user's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one subcommand and return its ``command``."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mergekit_stf.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(__version__, prog_name="mergekit-stf")
+def main() -> None:
+    """Tools around ``merge_method: stf`` of mergekit."""
