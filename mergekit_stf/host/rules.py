@@ -2,7 +2,7 @@
 
 A method receives a weight's name, shape and ``vocabulary_axis``. ``rule_for`` reads the rule from
 these three. ``tests/host/test_rules.py`` compares it with the class of the module that owns the
-weight in transformers; ``docs/architectures.md`` lists the weights for which a name says too little.
+weight in transformers; ``docs/architectures.md`` lists where a name says too little.
 """
 
 import re
