@@ -1,0 +1,180 @@
+"""What a merge did to each weight, one JSON line a weight, as a by-product of merging.
+
+The method asks ``active()`` once a weight and, when a recorder listens, hands it what it has in
+hand already: the task matrices, the merged matrix and the engine's reports. All that is computed
+here is the Gram matrix of the task matrices, two passes over memory that a decomposition reads
+dozens of times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.record_numbers import SolveReport, norms, peak_device, peak_rss, summary
+
+FILE_NAME = "stf-diagnostics.jsonl"
+VARIABLE = "MERGEKIT_STF_DIAGNOSTICS"
+
+
+class Record(BaseModel):
+    """One weight of a merge.
+
+    Attributes:
+        models: the tuned models, in the order of every list below.
+        kept: features that each task brought into the system.
+        residual: ``‖Gα − s‖ / ‖s‖`` at the end of the solve.
+        condition: estimate of the condition number of G.
+        alpha_ratio: the quantiles ``QUANTILES`` of α/s over all features; 1 is task arithmetic.
+        spectra: of each task, the singular values at ``SPECTRUM_POINTS`` ranks, spread evenly
+            in the logarithm from the first to the last that was kept.
+        norms: ``‖M_i‖``.
+        norm_sum: ``‖Σ M_i‖``, the length that task arithmetic would give.
+        norm_merged: ``‖M‖``.
+        cosine: ``⟨M_i, M_j⟩ / (‖M_i‖ ‖M_j‖)``, the interference of each pair of tasks.
+        peak_rss: the process's memory high-water mark after this weight, in bytes.
+        peak_device: the most memory allocated on the accelerator until then, in bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    name: str
+    rule: str
+    shape: list[int]
+    models: list[str]
+    seconds: float
+    norms: list[float]
+    norm_sum: float
+    norm_merged: float
+    cosine: list[list[float]]
+    peak_rss: int | None = None
+    peak_device: int | None = None
+    route: str | None = None
+    kept: list[int] | None = None
+    iterations: int | None = None
+    residual: float | None = None
+    ridge: float | None = None
+    condition: float | None = None
+    alpha_ratio: list[float] | None = None
+    spectra: list[list[float]] | None = None
+
+
+class Recorder:
+    """Appends records to one file; safe to call from several threads.
+
+    Args:
+        path: the file; what another merge left there is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise STFError(f"cannot write diagnostics to {path}: {error.strerror}") from error
+
+    def record(
+        self,
+        *,
+        name: str,
+        rule: str,
+        models: Sequence[str],
+        deltas: Sequence[torch.Tensor],
+        merged: torch.Tensor,
+        seconds: float,
+        reports: Sequence[SolveReport] = (),
+    ) -> None:
+        """Write what happened to one weight.
+
+        Args:
+            name: the weight's name.
+            rule: the rule that merged it.
+            models: one label for each tuned model.
+            deltas: the task matrices ``M_i`` as they entered the rule, all of one shape.
+            merged: M, before λ.
+            seconds: what the weight took, reading and writing left out.
+            reports: the engine's reports, one for each matrix of an expert stack; none for
+                rules without a solve.
+        """
+        record = Record(
+            name=name,
+            rule=rule,
+            shape=list(merged.shape),
+            models=list(models),
+            seconds=seconds,
+            peak_rss=peak_rss(),
+            peak_device=peak_device(merged.device),
+            **norms(deltas, merged),
+            **summary(reports),
+        )
+        with self._lock:
+            self._stream.write(record.model_dump_json(exclude_none=True) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+# A module's state, not a ContextVar: the host merges on several cards from threads that it
+# starts itself, and these would not inherit a context.
+_current: list[Recorder] = []
+_from_environment: dict[str, Recorder] = {}
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def recording(path: Path) -> Iterator[Recorder]:
+    """Record every weight that is merged inside the block, to ``path``."""
+    recorder = Recorder(path)
+    _current.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _current.remove(recorder)
+        recorder.close()
+
+
+def active() -> Recorder | None:
+    """Return the recorder that listens: the block's, or the one the environment names."""
+    if _current:
+        return _current[-1]
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return None
+    with _lock:
+        if path not in _from_environment:
+            _from_environment[path] = Recorder(Path(path))
+        return _from_environment[path]
+
+
+def read(path: Path) -> list[Record]:
+    """Read the records of a merge, in the order in which its weights were merged.
+
+    Raises:
+        STFError: the file is missing or a line is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise STFError(f"cannot read diagnostics from {path}: {error.strerror}") from error
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: str, path: Path, number: int) -> Record:
+    try:
+        return Record.model_validate_json(line)
+    except ValueError as error:
+        raise STFError(
+            f"{path}, line {number} is not a record of a merge; "
+            "delete the file and merge again to have it written anew"
+        ) from error
