@@ -1,0 +1,84 @@
+"""Files that survive a crash, and digests of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergekit_stf.core.errors import STFError
+
+CHUNK = 1 << 22
+
+
+def sha256_of(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
+
+    Args:
+        path: the file.
+        stop: asked after every few megabytes; true ends the reading early.
+
+    Raises:
+        STFError: the file cannot be read, or ``stop`` ended the reading.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+                if stop():
+                    raise STFError(f"{path}: reading was interrupted")
+    except OSError as error:
+        raise STFError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; what is written there replaces ``path`` at once.
+
+    The bytes are on the disk before the name changes, so that ``path`` holds the old contents
+    or the new ones after a crash at any moment. On an error the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either complete or as it was before."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a directory's names, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no directories
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def inside(root: Path, name: str) -> Path:
+    """Return ``root / name``, for a ``name`` that comes from a file that may be hostile.
+
+    Raises:
+        STFError: the name is absolute, goes up, or leads out of ``root`` through a link.
+    """
+    relative = Path(name)
+    if not name or relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        raise STFError(f"{name!r} is no file name inside {root}; the lock or index file is damaged")
+    path = root / relative
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise STFError(f"{path} leads out of {root} through a link; replace the link by the file")
+    return path

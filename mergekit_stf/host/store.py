@@ -1,0 +1,250 @@
+"""Merged task matrices kept on disk while a merge runs, so that a killed merge resumes.
+
+The matrix M of a weight does not depend on λ, so one store also serves a sweep over λ. An entry
+is one safetensors file, named by a digest of everything that M depends on: the bytes of every
+input tensor, the options, and the versions and the machine's traits that could change a bit of
+it. A changed input gives another name, never a wrong hit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import mergekit_stf
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.files import replacing
+
+VARIABLE = "MERGEKIT_STF_STORE"
+VARIABLE_SIZE = "MERGEKIT_STF_STORE_SIZE"
+DEFAULT_SIZE = 64 * 10**9
+SUFFIX = ".stf.safetensors"
+
+LOG = logging.getLogger(__name__)
+
+
+class Store:
+    """A folder of merged task matrices, safe to share between threads and processes.
+
+    Args:
+        folder: created when it is missing.
+        size: most bytes that the entries may take; beyond it the entries that this process has
+            not used go first, oldest first, and when none is left the rest is not stored.
+
+    Attributes:
+        hits: how many matrices were found.
+        written: how many were stored.
+        rejected: how many entries were damaged and removed.
+        skipped: how many found no room.
+    """
+
+    def __init__(self, folder: Path, size: int = DEFAULT_SIZE) -> None:
+        self.folder = folder
+        self.size = size
+        self.hits = self.written = self.rejected = self.skipped = 0
+        self._used: set[str] = set()
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise STFError(f"cannot make the store {folder}: {error.strerror}") from error
+
+    def key(self, tensors: Sequence[torch.Tensor], options: Mapping[str, object]) -> str:
+        """Return the name of the entry for these inputs.
+
+        Args:
+            tensors: base and tuned tensors as loaded, in the order in which they are merged.
+            options: every setting that M depends on, as plain numbers and strings (not λ).
+        """
+        digest = xxhash.xxh3_128()
+        digest.update(repr((_environment(), tensors[0].device.type)).encode())
+        digest.update(repr(sorted(options.items())).encode())
+        for tensor in tensors:
+            _update(digest, tensor)
+        return digest.hexdigest()
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """Return the matrix stored under ``key``, on the CPU; None when there is none.
+
+        An entry that is truncated, corrupted or foreign is removed, with a warning.
+        """
+        path = self._path(key)
+        try:
+            matrix = _read(path, key)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, STFError, OSError) as error:
+            self._reject(path, error)
+            return None
+        with self._lock:
+            self.hits += 1
+            self._used.add(path.name)
+        return matrix
+
+    def put(self, key: str, matrix: torch.Tensor) -> None:
+        """Store a matrix, complete or not at all.
+
+        Raises:
+            STFError: the disk is full or the folder cannot be written.
+        """
+        path = self._path(key)
+        matrix = matrix.detach().cpu().contiguous()
+        with self._lock:
+            if not self._make_room(matrix.nbytes):
+                return
+            self._used.add(path.name)
+        metadata = {"key": key, "checksum": _checksum(matrix)}
+        try:
+            with replacing(path) as temporary:
+                save_file({"M": matrix}, temporary, metadata)
+        except (OSError, SafetensorError) as error:
+            raise STFError(self._not_written(error)) from error
+        with self._lock:
+            self.written += 1
+
+    def clear(self) -> None:
+        """Remove every entry and every leftover, and the folder when nothing else is in it."""
+        for path in self.folder.glob(f"*{SUFFIX}*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def summary(self) -> str:
+        """Say in one line what the store did and what it takes."""
+        count, taken = len(list(self._entries())), self._taken()
+        return (
+            f"store {self.folder}: {self.hits} matrices found, {self.written} written, "
+            f"{count} kept ({taken / 1e6:.1f} MB of at most {self.size / 1e6:.0f} MB)"
+        )
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _entries(self) -> Iterator[Path]:
+        return self.folder.glob(f"[0-9a-f]*{SUFFIX}")
+
+    def _taken(self) -> int:
+        return sum(stat.st_size for stat in map(_stat, self._entries()) if stat)
+
+    def _make_room(self, needed: int) -> bool:
+        excess = self._taken() + needed - self.size
+        if excess <= 0:
+            return True
+        stale = [(s.st_mtime_ns, s.st_size, p) for p in self._entries() if (s := _stat(p))]
+        for _, size, path in sorted(item for item in stale if item[2].name not in self._used):
+            path.unlink(missing_ok=True)
+            excess -= size
+            if excess <= 0:
+                return True
+        self.skipped += 1
+        if self.skipped == 1:
+            LOG.warning(
+                "the store %s is full (%.0f MB): what follows is not stored, and a crash from here"
+                " on costs it again; raise --store-size or %s",
+                self.folder,
+                self.size / 1e6,
+                VARIABLE_SIZE,
+            )
+        return False
+
+    def _reject(self, path: Path, error: Exception) -> None:
+        self.rejected += 1
+        LOG.warning("%s is damaged and will be computed again: %s", path, error)
+        path.unlink(missing_ok=True)
+
+    def _not_written(self, error: Exception) -> str:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "no space left on the disk" if full else str(error)
+        return (
+            f"cannot write to the store {self.folder}: {reason}; "
+            "free some space and run the same command again, it resumes from here"
+        )
+
+
+# A module's state, not a ContextVar: the host merges on several cards from threads that it
+# starts itself, and these would not inherit a context.
+_current: list[Store] = []
+
+
+@contextlib.contextmanager
+def using(store: Store) -> Iterator[Store]:
+    """Let every merge inside the block use ``store``."""
+    _current.append(store)
+    try:
+        yield store
+    finally:
+        _current.remove(store)
+
+
+def active() -> Store | None:
+    """Return the store in use: the block's, or the folder that the environment names."""
+    if _current:
+        return _current[-1]
+    folder = os.environ.get(VARIABLE)
+    return _named(folder, os.environ.get(VARIABLE_SIZE)) if folder else None
+
+
+@cache
+def _named(folder: str, size: str | None) -> Store:
+    if size is not None and not size.isdecimal():
+        raise STFError(f"{VARIABLE_SIZE} is a number of bytes; got {size!r}")
+    return Store(Path(folder), int(size) if size else DEFAULT_SIZE)
+
+
+def _environment() -> tuple[str, ...]:
+    return (*_build(), str(torch.get_num_threads()))
+
+
+@cache
+def _build() -> tuple[str, ...]:
+    """Return what can change a bit of M besides its inputs, our own source included."""
+    source = xxhash.xxh3_128()
+    for path in sorted((Path(mergekit_stf.__file__).parent / "core").glob("*.py")):
+        source.update(path.read_bytes())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (mergekit_stf.__version__, source.hexdigest(), torch.__version__, capability, device)
+
+
+def _update(digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def _checksum(matrix: torch.Tensor) -> str:
+    digest = xxhash.xxh3_128()
+    _update(digest, matrix)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str) -> torch.Tensor:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("key") != key:
+            raise STFError("it belongs to another weight")
+        matrix: torch.Tensor = file.get_tensor("M")
+    if metadata.get("checksum") != _checksum(matrix):
+        raise STFError("its checksum is wrong")
+    return matrix
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,190 @@
+"""The store: what is put comes back, what is damaged never does, and the key misses nothing."""
+
+import errno
+import logging
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import store as module
+from mergekit_stf.host.store import Store, active, using
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def entry(store: Store) -> Path:
+    (path,) = (p for p in store.folder.iterdir() if not p.name.startswith("."))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_put_comes_back(store: Store, dtype: torch.dtype) -> None:
+    matrix = torch.randn(5, 7, dtype=dtype).T
+    assert store.get("ab") is None
+    store.put("ab", matrix)
+    found = store.get("ab")
+    assert found is not None
+    assert found.dtype == dtype
+    assert torch.equal(found, matrix)
+    assert (store.hits, store.written) == (1, 1)
+    assert [p.name for p in store.folder.iterdir()] == ["ab.stf.safetensors"]
+
+
+def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.arange(12.0).reshape(3, 4), torch.ones(3, 4)]
+    options = {"rank": 1.0, "density": (0.2, 1.0)}
+    key = store.key(tensors, options)
+    assert store.key([t.clone() for t in tensors], dict(reversed(options.items()))) == key
+    changed = [t.clone() for t in tensors]
+    changed[1].view(torch.uint8)[2, 3] ^= 1
+    others = {
+        store.key(changed, options),
+        store.key(tensors[::-1], options),
+        store.key([tensors[0].reshape(4, 3), tensors[1]], options),
+        store.key([tensors[0].view(torch.int32), tensors[1]], options),
+        store.key(tensors, {**options, "rank": 0.5}),
+        store.key(tensors, {**options, "more": None}),
+    }
+    assert len(others | {key}) == 7
+    for name in ("torch", "mergekit_stf"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{name}.__version__", "0")
+            module._build.cache_clear()
+            assert store.key(tensors, options) != key
+        module._build.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
+    assert store.key(tensors, options) != key
+
+
+def test_strided_inputs_have_the_key_of_their_values(store: Store) -> None:
+    x = torch.randn(4, 6)
+    assert store.key([x.T.contiguous().T], {}) == store.key([x], {})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def make_foreign(path: Path) -> None:
+    path.write_text("not ours")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, make_foreign])
+def test_damaged_entries_are_said_and_removed(
+    store: Store, damage: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put("ab", torch.randn(8, 8))
+    damage(entry(store))
+    assert store.get("ab") is None
+    assert "ab.stf.safetensors is damaged and will be computed again" in caplog.text
+    assert store.rejected == 1
+    store.put("ab", torch.eye(3))
+    assert torch.equal(store.get("ab"), torch.eye(3))
+
+
+def test_no_flipped_byte_changes_a_matrix(store: Store) -> None:
+    matrix = torch.randn(3, 5)
+    store.put("ab", matrix)
+    good = entry(store).read_bytes()
+    for position in range(len(good)):
+        bad = bytearray(good)
+        bad[position] ^= 0x41
+        path = store.folder / "ab.stf.safetensors"
+        path.write_bytes(bad)
+        found = store.get("ab")
+        assert found is None or torch.equal(found, matrix)
+
+
+def test_an_entry_under_another_name_is_refused(store: Store) -> None:
+    store.put("ab", torch.eye(2))
+    entry(store).rename(store.folder / "cd.stf.safetensors")
+    assert store.get("cd") is None
+    assert store.rejected == 1
+
+
+def test_size_is_bounded_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = Store(tmp_path)
+    old.put("01", torch.zeros(100))
+    old.put("02", torch.zeros(100))
+    store = Store(tmp_path, size=1400)
+    store.put("03", torch.ones(100))
+    assert old.get("01") is None
+    assert old.get("02") is not None
+    store.put("04", torch.ones(100))
+    assert caplog.text == ""
+    store.put("05", torch.ones(100))
+    store.put("06", torch.ones(100))
+    assert store.skipped == 2
+    assert caplog.text.count("is full") == 1
+    assert store.get("03") is not None
+    assert "at most" in store.summary()
+
+
+def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(STFError, match="no space left on the disk; free some space and run"):
+        store.put("ab", torch.eye(2))
+    assert list(store.folder.iterdir()) == []
+
+
+def test_clear_leaves_what_is_not_ours(store: Store) -> None:
+    store.put("ab", torch.eye(2))
+    (store.folder / ".ab.stf.safetensors.1.2.tmp").touch()
+    (store.folder / "notes.txt").touch()
+    store.clear()
+    assert [p.name for p in store.folder.iterdir()] == ["notes.txt"]
+    (store.folder / "notes.txt").unlink()
+    store.clear()
+    assert not store.folder.exists()
+
+
+def test_active_store(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    assert active() is None
+    monkeypatch.setenv("MERGEKIT_STF_STORE", str(tmp_path / "named"))
+    named = active()
+    assert named is not None
+    assert named.folder == tmp_path / "named"
+    assert active() is named
+    with using(store):
+        assert active() is store
+    assert active() is named
+    monkeypatch.setenv("MERGEKIT_STF_STORE_SIZE", "much")
+    with pytest.raises(STFError, match="MERGEKIT_STF_STORE_SIZE is a number of bytes; got 'much'"):
+        active()
+
+
+def hammer(folder: Path, seed: int) -> None:
+    store = Store(folder)
+    for round_ in range(60):
+        key = f"{(round_ + seed) % 7:02x}"
+        found = store.get(key)
+        assert found is None or torch.equal(found, torch.full((50, 50), float(int(key, 16))))
+        store.put(key, torch.full((50, 50), float(int(key, 16))))
+    assert store.rejected == 0
+
+
+def test_two_processes_on_one_store_do_no_harm(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=hammer, args=(tmp_path, seed)) for seed in (0, 3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 7
