@@ -1,0 +1,143 @@
+"""Weights of the inputs that a merge would not write, found before any work is done.
+
+The host merges the weights that its table of the architecture names and passes over the rest of
+a checkpoint in silence. Here the names in the checkpoints are held against the names that will be
+written. Only headers are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Hashable, Iterable, Sequence
+
+from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.loading import parameter_names
+
+ALLOW_LOSS = "MERGEKIT_STF_ALLOW_LOSS"
+"""Environment variable: set to 1, an incomplete output is a warning and no error."""
+
+LOG = logging.getLogger(__name__)
+
+
+def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Refuse a merge whose output would lack weights of its inputs.
+
+    Layers that ``slices`` leave out are left out on purpose and count as covered; a module that
+    a ``modules`` recipe does not name is not.
+
+    Raises:
+        STFError: with the model, the names of the weights and the ways out.
+    """
+    LoaderCache().setup(options=options)
+    lost = lost_weights(config, options)
+    if lost:
+        _report(lost)
+
+
+def lost_weights(
+    config: MergeConfiguration, options: MergeOptions
+) -> dict[ModelReference, list[str]]:
+    """Return the stored weights that an input needs and the output would lack, the base first."""
+    architecture = get_architecture_info(config, options)
+    modules = list(config.modules or architecture.modules)
+    models = sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m)))
+    stored = {model: _stored(model) for model in models}
+    lost = {}
+    for model, names in stored.items():
+        settings = model.config(trust_remote_code=options.trust_remote_code)
+        planned = _planned(architecture, modules, settings)
+        written = [w for w in planned if not w.optional or _present(w, stored.values())]
+        if left := names - {name for w in written for name in _names(w)}:
+            lost[model] = _needed(left, [w.name for w in written], settings)
+    return {model: names for model, names in lost.items() if names}
+
+
+def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> None:
+    """Check the coverage from within the host, which calls ``validate_inputs`` while it plans.
+
+    The host validates each slice of the output (``default.slices[0]``) before it loads a weight,
+    then each weight by its name; only the first of these calls does work here.
+
+    Raises:
+        STFError: as :func:`check_coverage`.
+    """
+    first = re.fullmatch(r".+\.slices\[0\]", group_name or "") is not None
+    models = [model for model in input_ids if isinstance(model, ModelReference)]
+    if not first or not isinstance(base_id, ModelReference) or len(models) < len(input_ids):
+        return
+    cache = LoaderCache()
+    options = MergeOptions(
+        transformers_cache=cache.hf_cache_dir,
+        lora_merge_cache=cache.lora_cache_dir,
+        lora_merge_dtype=cache.lora_merge_dtype,
+        lazy_unpickle=cache.lazy_unpickle,
+        trust_remote_code=cache.trust_remote_code,
+    )
+    recipe = MergeConfiguration(
+        merge_method="stf",
+        base_model=base_id,
+        models=[InputModelDefinition(model=model) for model in models],
+    )
+    check_coverage(recipe, options)
+
+
+def _stored(model: ModelReference) -> set[str]:
+    return set(LoaderCache().get(model).index.tensor_paths)
+
+
+def _planned(
+    architecture: ModelArchitecture, modules: Iterable[str], settings: object
+) -> list[WeightInfo]:
+    chosen = {name: architecture.modules[name] for name in modules}
+    partial = architecture.model_copy(update={"modules": chosen})
+    weights: list[WeightInfo] = partial.all_weights(settings)
+    return weights
+
+
+def _names(weight: WeightInfo) -> list[str]:
+    return [weight.name, *(weight.aliases or ())]
+
+
+def _present(weight: WeightInfo, stored: Iterable[set[str]]) -> bool:
+    """Say whether the host's planner keeps an optional weight; it does not look at ties."""
+    return any(name in names for names in stored for name in _names(weight))
+
+
+def _needed(left: set[str], written: Iterable[str], settings: object) -> list[str]:
+    """Return the names for whose parameters nothing is written."""
+    loader = parameter_names(settings)
+    if loader is None:
+        return sorted(left)
+    filled = {parameter for name in written for parameter in loader.of(name)}
+    return sorted(name for name in left if loader.of(name) - filled)
+
+
+def _report(lost: dict[ModelReference, list[str]]) -> None:
+    (model, names), *others = lost.items()
+    message = (
+        f"{model}: {len(names)} weights would be missing from the merged model, because mergekit's "
+        f"table of this architecture does not name them: {_collapsed(names)}"
+        f"{f' (and weights of {len(others)} more inputs)' if others else ''}. Merge with "
+        "mergekit-pytorch, which goes by the names in the files, or set "
+        f"{ALLOW_LOSS}=1 to do without them."
+    )
+    if os.environ.get(ALLOW_LOSS) != "1":
+        raise STFError(message)
+    LOG.warning(message)
+
+
+def _collapsed(names: list[str]) -> str:
+    """Name each kind of weight once, its layers as a star and a count."""
+    kinds: dict[str, int] = {}
+    for name in names:
+        kind = re.sub(r"\.\d+(?=\.)", ".*", name)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{kind} ({n})" if "*" in kind else kind for kind, n in kinds.items())
