@@ -86,7 +86,7 @@ class Environment:
         """
         paths = sysconfig.get_paths()
         folders = dict.fromkeys((paths["purelib"], paths["platlib"]))
-        (self.site / "zz_libraries.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
+        self.write("zz_libraries.pth", "\n".join(folders) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write one file of a stand-in package into the environment."""

@@ -7,7 +7,6 @@ mergekit, so nothing here may let an exception out.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import logging
 import re
@@ -28,7 +27,9 @@ def activate() -> None:
         _warn_once(f"mergekit {installed} is installed and mergekit{REQUIREMENT} is needed")
         return
     try:
-        importlib.import_module("mergekit_stf.host.method").register()
+        from mergekit_stf.host.method import register
+
+        register()
     except Exception as error:
         found = "of unknown version" if installed is None else installed
         _warn_once(f"mergekit {found} refused it ({type(error).__name__}: {error})")
