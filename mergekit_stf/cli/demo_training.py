@@ -1,0 +1,159 @@
+"""Train a tiny byte-level Llama and specialists of it, and measure models on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mergekit_stf.cli.demo_corpus import END_OF_TEXT, VOCABULARY, Split, corpus
+
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size of the models, length of the training, kinds of text.
+
+    ``kinds`` names one specialist each; the base is trained on all of them in equal parts.
+    """
+
+    kinds: tuple[str, ...] = ("python", "prose", "unicode")
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    context: int = 128
+    batch: int = 16
+    base_steps: int = 600
+    specialist_steps: int = 150
+    base_rate: float = 3e-3
+    specialist_rate: float = 1e-3
+    windows: int = 96
+
+    @classmethod
+    def tiny(cls, kinds: tuple[str, ...] = ("python", "prose", "unicode")) -> Settings:
+        """Return settings that train a base and its specialists in a few seconds, for tests."""
+        return cls(
+            kinds=kinds, hidden=32, layers=2, heads=2, context=64, batch=8, base_steps=60,
+            specialist_steps=40, specialist_rate=3e-3, windows=32,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps of all models together."""
+        return self.base_steps + len(self.kinds) * self.specialist_steps
+
+
+def no_progress(label: str) -> None:
+    """Take a step of work without showing it."""
+
+
+def new_model(settings: Settings, seed: int) -> LlamaForCausalLM:
+    """Return an untrained float32 Llama whose tokens are the 256 bytes and an end-of-text mark."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=settings.hidden,
+        intermediate_size=3 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        bos_token_id=END_OF_TEXT,
+        eos_token_id=END_OF_TEXT,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def batches(
+    kinds: tuple[str, ...], settings: Settings, steps: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Yield batches of training windows, shape ``(batch, context + 1)``, taking kinds in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = [corpus(kind)["train"] for kind in kinds]
+    offsets = torch.arange(settings.context + 1)
+    for step in range(steps):
+        rows = []
+        for row in range(settings.batch):
+            text = texts[(step * settings.batch + row) % len(texts)]
+            start = torch.randint(len(text) - settings.context, (1,), generator=generator)
+            rows.append(text[start + offsets])
+        yield torch.stack(rows)
+
+
+def next_byte_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy in nats of each token given those before it in its row."""
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train(
+    model: LlamaForCausalLM,
+    data: Iterator[torch.Tensor],
+    steps: int,
+    rate: float,
+    advance: Callable[[], None],
+) -> None:
+    """Fit a model in place: AdamW, a warm-up of a tenth of the steps, then a cosine decay."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = max(1, steps // 10)
+    model.train()
+    for step, tokens in enumerate(data):
+        progress = max(0.0, (step - warm_up) / (steps - warm_up))
+        scale = min((step + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * progress))
+        for group in optimiser.param_groups:
+            group["lr"] = rate * scale
+        loss = next_byte_loss(model, tokens)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        advance()
+    model.eval()
+
+
+def train_base(settings: Settings, seed: int, advance: Advance = no_progress) -> LlamaForCausalLM:
+    """Train the base on equal parts of every kind of text."""
+    model = new_model(settings, seed)
+    data = batches(settings.kinds, settings, settings.base_steps, seed)
+    train(model, data, settings.base_steps, settings.base_rate, lambda: advance("base"))
+    return model
+
+
+def train_specialist(
+    base: LlamaForCausalLM,
+    kind: str,
+    settings: Settings,
+    seed: int,
+    advance: Advance = no_progress,
+) -> LlamaForCausalLM:
+    """Fine-tune a copy of the base on one kind of text."""
+    model = LlamaForCausalLM(base.config)
+    model.load_state_dict(base.state_dict())
+    steps = settings.specialist_steps
+    data = batches((kind,), settings, steps, seed + 1 + settings.kinds.index(kind))
+    train(model, data, steps, settings.specialist_rate, lambda: advance(kind))
+    return model
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: torch.nn.Module, kind: str, settings: Settings, split: Split = "test"
+) -> float:
+    """Return the loss on held-out text of one kind, in bits per byte.
+
+    The text is cut into at most ``settings.windows`` windows, evenly spread and disjoint; a byte is
+    predicted from those before it in its window.
+    """
+    text = corpus(kind)[split]
+    width = settings.context + 1
+    available = len(text) // width
+    count = min(settings.windows, available)
+    rows = torch.arange(count) * available // count
+    tokens = text[: available * width].view(available, width)[rows]
+    losses = [next_byte_loss(model, part) * len(part) for part in tokens.split(32)]
+    return float(torch.stack(losses).sum()) / count / math.log(2)
