@@ -1,0 +1,97 @@
+"""The features of one task matrix: choose the route, reduce the matrix, survive a failing driver."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from mergekit_stf.core.features import Features, kept_rank
+from mergekit_stf.core.routes import ROUTES, svd
+
+
+def choose_route(M: Tensor, source_dtype: torch.dtype) -> str:
+    """Return the route for a task matrix: the cheapest one that is accurate enough.
+
+    * float64 matrices keep the accuracy of their type: ``svd``;
+    * checkpoints in half precision carry rounding noise that moves the merged matrix by over a
+      hundred times what ``gram_float32`` does (docs/performance.md): ``gram_float32``;
+    * otherwise ``gram_refined``: float32 throughout, so that it is as quick on a consumer GPU with
+      1/64 of float64 as elsewhere, and more accurate than a float32 SVD.
+    """
+    if M.dtype == torch.float64:
+        return "svd"
+    return "gram_float32" if source_dtype.itemsize < 4 else "gram_refined"
+
+
+def decompose(
+    M: Tensor,
+    rank: float = 1.0,
+    route: str = "auto",
+    source_dtype: torch.dtype = torch.float32,
+    name: str = "",
+) -> Features:
+    """Return the task-specific features of a task matrix (paper, section 3.2).
+
+    Args:
+        M: (m, n), float32 or float64, finite.
+        rank: leading features to keep, a fraction up to 1 or a count above 1.
+        route: a key of ``ROUTES``, or ``auto``.
+        source_dtype: type of the checkpoints that ``M`` was computed from.
+        name: of the weight, for warnings.
+
+    Returns:
+        At most ``min(m, n)`` features with ``s_k > 1e-6 s_1``; none of a zero matrix.
+    """
+    if M.shape[0] < M.shape[1]:
+        return decompose(M.mT, rank, route, source_dtype, name).transposed
+    count = kept_rank((M.shape[0], M.shape[1]), rank)
+    rows, columns = M.any(dim=1), M.any(dim=0)
+    if bool(rows.all() & columns.all()):
+        return _attempt(M, route, source_dtype, name).leading(count)
+    if not bool(columns.any()):
+        empty = M.new_zeros(0)
+        return Features(M[:, :0], empty, M[:0], "zero")
+    core = decompose(M[rows][:, columns], min(M.shape), route, source_dtype, name)
+    return _spread(core, rows, columns).leading(count)
+
+
+def _spread(core: Features, rows: Tensor, columns: Tensor) -> Features:
+    """Put zero rows and columns back into the features of a matrix without them."""
+    U = core.U.new_zeros(rows.numel(), core.rank)
+    Vh = core.Vh.new_zeros(core.rank, columns.numel())
+    U[rows] = core.U
+    Vh[:, columns] = core.Vh
+    return Features(U, core.s, Vh, core.route)
+
+
+def _attempt(M: Tensor, route: str, source_dtype: torch.dtype, name: str) -> Features:
+    """Try the route, then the library's SVD, then float64 on the CPU, with one warning."""
+    chosen = choose_route(M, source_dtype) if route == "auto" else route
+    failures: list[str] = []
+    for attempt in dict.fromkeys((chosen, "svd", "cpu")):
+        try:
+            found = _on_cpu(M) if attempt == "cpu" else ROUTES[attempt](M)
+        except RuntimeError as error:
+            failures.append(f"{attempt}: {str(error).splitlines()[0]}")
+            continue
+        if not bool(torch.isfinite(found.s).all()):
+            failures.append(f"{attempt}: result is not finite")
+            continue
+        if failures:
+            warnings.warn(
+                f"{name or 'a task matrix'}: decomposed by {attempt} ({'; '.join(failures)})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found
+    raise RuntimeError(
+        f"{name or 'a task matrix'}: no driver decomposes it ({'; '.join(failures)})"
+    )
+
+
+def _on_cpu(M: Tensor) -> Features:
+    found = svd(M.double().cpu())
+    U, s, Vh = (x.to(M) for x in (found.U, found.s, found.Vh))
+    return Features(U, s, Vh, "svd_float64_cpu")

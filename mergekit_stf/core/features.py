@@ -1,0 +1,57 @@
+"""Task-specific features: the singular triples of a task matrix (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_stf.core.tolerances import RANK
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one task matrix, ``M_i = U diag(s) Vh``.
+
+    Attributes:
+        U: (m, r) output features, the left singular vectors.
+        s: (r,) singular values, in descending order.
+        Vh: (r, n) input features, the right singular vectors, one a row.
+        route: the way in which they were found.
+    """
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+    route: str
+
+    @property
+    def rank(self) -> int:
+        """The number of features, r."""
+        return self.s.numel()
+
+    @property
+    def transposed(self) -> Features:
+        """The features of the transposed matrix."""
+        return Features(self.Vh.mT, self.s, self.U.mT, self.route)
+
+    def leading(self, count: int) -> Features:
+        """Return the numerically nonzero ones among the ``count`` leading features."""
+        if self.rank:
+            count = min(count, int(torch.count_nonzero(self.s > RANK * self.s[0])))
+        return Features(self.U[:, :count], self.s[:count], self.Vh[:count], self.route)
+
+
+def kept_rank(shape: tuple[int, int], rank: float) -> int:
+    """Return how many features of an m×n matrix the option ``rank`` keeps.
+
+    A fraction up to 1 keeps ``max(1, floor(rank * min(m, n)))``, a count above 1 keeps as many.
+
+    Raises:
+        ValueError: ``rank`` is not a positive number.
+    """
+    if not rank > 0:
+        raise ValueError(f"rank must be a fraction in (0, 1] or a count above 1, got {rank}")
+    full = min(shape)
+    return int(min(full, rank)) if rank > 1 else max(1, int(rank * full))

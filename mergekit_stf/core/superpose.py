@@ -1,0 +1,174 @@
+"""Algorithm 1 of the paper: superpose the features of all task matrices into one matrix."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_stf.core.decompose import decompose
+from mergekit_stf.core.features import Features
+from mergekit_stf.core.gram import combine
+from mergekit_stf.core.precision import full_precision
+from mergekit_stf.core.solve import Solution, solve
+
+SAMPLE = 2**18
+"""Entries of a task matrix from which overlaps are estimated; smaller matrices are used whole."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to one weight.
+
+    Attributes:
+        shape: (m, n).
+        routes: of the decomposition, one a task.
+        ranks: features kept, one a task.
+        norms: ``|M_i|`` (Frobenius) of the kept features, one a task.
+        merged_norm: ``|M|``.
+        sum_norm: ``|Σ M_i|`` of the kept features, from the overlaps.
+        overlaps: ``<M_i, M_j> / (|M_i| |M_j|)``, T rows of T.
+        iterations, residual, converged, condition, energy, ridge, cutoff: see ``Solution``.
+        alpha_ratio: quantiles 0, 0.25, 0.5, 0.75, 1 of ``alpha_k / s_k``.
+    """
+
+    shape: tuple[int, int]
+    routes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    norms: tuple[float, ...]
+    merged_norm: float
+    sum_norm: float
+    overlaps: tuple[tuple[float, ...], ...]
+    iterations: int
+    residual: float
+    converged: bool
+    condition: float
+    energy: float
+    ridge: float
+    cutoff: float
+    alpha_ratio: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Superposition:
+    """The merged task matrix ``M``, (m, n), and the report of its making."""
+
+    M: Tensor
+    report: Report
+
+
+def superpose(
+    matrices: Iterable[Tensor],
+    *,
+    rank: float = 1.0,
+    ridge: float | None = None,
+    route: str = "auto",
+    source_dtype: torch.dtype = torch.float32,
+    name: str = "",
+) -> Superposition:
+    """Merge task matrices so that each feature keeps its response (paper, Algorithm 1).
+
+    ``M`` is the matrix of smallest Frobenius norm with ``u_kᵀ M v_k = s_k`` for every singular
+    triple of every task matrix.
+
+    Args:
+        matrices: the task matrices ``w_i (P_i - P_0)``, each (m, n), float32 or float64, on one
+            device. They are taken one by one, and none is kept.
+        rank: leading features of each task to keep, a fraction up to 1 or a count above 1.
+        ridge: regularisation of the solve, relative to the unit diagonal of G; ``None`` gives the
+            exact answer where the system is well posed and a damped one where it is not.
+        route: decomposition to use, ``auto`` or a key of ``routes.ROUTES``.
+        source_dtype: type of the checkpoints; half types allow a quicker decomposition.
+        name: of the weight, for warnings and errors.
+
+    Raises:
+        ValueError: there is no matrix, or their shapes differ.
+        RuntimeError: no driver decomposes one of them.
+
+    Example:
+        >>> import torch
+        >>> A = torch.diag(torch.tensor([2.0, 0.0]))
+        >>> B = torch.diag(torch.tensor([0.0, 3.0]))
+        >>> superpose([A, B]).M
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+    with full_precision(), torch.no_grad():
+        return _superpose(matrices, rank, ridge, route, source_dtype, name)
+
+
+def _superpose(
+    matrices: Iterable[Tensor],
+    rank: float,
+    ridge: float | None,
+    route: str,
+    source_dtype: torch.dtype,
+    name: str,
+) -> Superposition:
+    features: list[Features] = []
+    samples: list[Tensor] = []
+    shapes = set()
+    for M in matrices:
+        shapes.add(tuple(M.shape))
+        if len(shapes) > 1:
+            raise ValueError(f"{name or 'task matrices'}: shapes differ: {sorted(shapes)}")
+        features.append(decompose(M, rank, route, source_dtype, name))
+        samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
+        zero = torch.zeros_like(M[:1, :1]).expand(M.shape)
+    if not features:
+        raise ValueError(f"{name or 'superpose'}: at least one task matrix is needed")
+    present = [f for f in features if f.rank]
+    if not present:
+        return Superposition(zero.clone(), _report(features, None, zero, samples))
+    solution = solve(present, ridge)
+    if not solution.converged:
+        warnings.warn(
+            f"{name or 'a weight'}: the solve stopped at a relative residual of "
+            f"{solution.residual:.1e} after {solution.iterations} steps; "
+            "set `ridge: 0.01` for this weight, or `rank: 0.5`",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    M = combine(present, solution.alpha)
+    return Superposition(M, _report(features, solution, M, samples))
+
+
+def _report(
+    features: list[Features], solution: Solution | None, M: Tensor, samples: list[Tensor]
+) -> Report:
+    norms = torch.stack([torch.linalg.vector_norm(f.s) for f in features]).double().cpu()
+    overlaps = _overlaps(samples)
+    ratios: tuple[float, ...] = ()
+    if solution is not None:
+        s = torch.cat([f.s for f in features])
+        levels = torch.linspace(0, 1, 5, device=s.device, dtype=s.dtype)
+        ordered = (torch.cat(solution.alpha) / s).sort().values
+        ratios = tuple(ordered[(levels * (s.numel() - 1)).long()].tolist())
+    return Report(
+        shape=(M.shape[0], M.shape[1]),
+        routes=tuple(f.route for f in features),
+        ranks=tuple(f.rank for f in features),
+        norms=tuple(norms.tolist()),
+        merged_norm=float(torch.linalg.vector_norm(M)),
+        sum_norm=float((norms @ overlaps @ norms).clamp(min=0).sqrt()),
+        overlaps=tuple(tuple(row) for row in overlaps.tolist()),
+        iterations=solution.iterations if solution else 0,
+        residual=solution.residual if solution else 0.0,
+        converged=solution.converged if solution else True,
+        condition=solution.condition if solution else 1.0,
+        energy=solution.energy if solution else 0.0,
+        ridge=solution.ridge if solution else 0.0,
+        cutoff=solution.cutoff if solution else 0.0,
+        alpha_ratio=ratios,
+    )
+
+
+def _overlaps(samples: list[Tensor]) -> Tensor:
+    """Return the cosines between the sampled task matrices, (T, T), 0 for a zero matrix."""
+    stacked = torch.stack(samples).double()
+    lengths = torch.linalg.vector_norm(stacked, dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    stacked /= lengths.unsqueeze(1)
+    return (stacked @ stacked.mT).cpu()

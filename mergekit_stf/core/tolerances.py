@@ -1,0 +1,25 @@
+"""Every tolerance of the engine, with its reason."""
+
+RANK = 1e-6
+"""A triple with ``s_k <= RANK * s_1`` is rounding noise of the decomposition, not a feature."""
+
+RESIDUAL = 2e-7
+"""The solve stops when ``|G alpha - s| <= RESIDUAL * |s|``, the rounding of float32 products."""
+
+MAX_ITERATIONS = 400
+"""Lanczos steps before the solve gives up; well-posed systems need 5 to 15."""
+
+NEAR = 0.1
+"""Refinement treats a pair as mixed, not merely tilted, when first order would turn it further."""
+
+TAIL = 0.1
+"""A float32 Gram matrix blurs triples below ``TAIL * s_1``; they are decomposed again by themselves."""
+
+WELL_POSED = 2.0
+"""Up to ``sᵀ G⁻¹ s = WELL_POSED * sᵀs`` the exact solution is taken as it is."""
+
+ILL_POSED = 4.0
+"""From ``sᵀ G⁻¹ s = ILL_POSED * sᵀs`` on, contradicting directions are cut at ``CUTOFF``."""
+
+CUTOFF = 0.4
+"""Eigenvalue of ``G`` below which an ill-posed system is damped."""
