@@ -36,6 +36,12 @@ class Features:
         """The features of the transposed matrix."""
         return Features(self.Vh.mT, self.s, self.U.mT, self.route)
 
+    @property
+    def spectrum(self) -> tuple[float, ...]:
+        """The singular values at ``spectrum_ranks``."""
+        ranks = torch.tensor(spectrum_ranks(self.rank), device=self.s.device)
+        return tuple(self.s[ranks - 1].tolist()) if self.rank else ()
+
     def leading(self, count: int) -> Features:
         """Return the numerically nonzero ones among the ``count`` leading features."""
         if self.rank:
@@ -55,3 +61,8 @@ def kept_rank(shape: tuple[int, int], rank: float) -> int:
         raise ValueError(f"rank must be a fraction in (0, 1] or a count above 1, got {rank}")
     full = min(shape)
     return int(min(full, rank)) if rank > 1 else max(1, int(rank * full))
+
+
+def spectrum_ranks(count: int) -> list[int]:
+    """Return 16 ranks from 1 to ``count``, spread evenly in the logarithm; none for 0."""
+    return [round(count ** (step / 15)) for step in range(16)] if count else []

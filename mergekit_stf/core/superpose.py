@@ -27,6 +27,7 @@ class Report:
         shape: (m, n).
         routes: of the decomposition, one a task.
         ranks: features kept, one a task.
+        spectra: singular values of each task at ``features.spectrum_ranks``.
         norms: ``|M_i|`` (Frobenius) of the kept features, one a task.
         merged_norm: ``|M|``.
         sum_norm: ``|Σ M_i|`` of the kept features, from the overlaps.
@@ -38,6 +39,7 @@ class Report:
     shape: tuple[int, int]
     routes: tuple[str, ...]
     ranks: tuple[int, ...]
+    spectra: tuple[tuple[float, ...], ...]
     norms: tuple[float, ...]
     merged_norm: float
     sum_norm: float
@@ -151,6 +153,7 @@ def _report(
         shape=(M.shape[0], M.shape[1]),
         routes=tuple(f.route for f in features),
         ranks=tuple(f.rank for f in features),
+        spectra=tuple(f.spectrum for f in features),
         norms=tuple(norms.tolist()),
         merged_norm=float(torch.linalg.vector_norm(M)),
         sum_norm=float((norms @ overlaps @ norms).clamp(min=0).sqrt()),

@@ -1,9 +1,7 @@
 """What a merge did to each weight, one JSON line a weight, as a by-product of merging.
 
-The method asks ``active()`` once a weight and, when a recorder listens, hands it what it has in
-hand already: the task matrices, the merged matrix and the engine's reports. All that is computed
-here is the Gram matrix of the task matrices, two passes over memory that a decomposition reads
-dozens of times.
+The method asks ``active()`` once a weight and, when a recorder listens, hands it the engine's
+reports, which hold all that is written; nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -18,29 +16,39 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.record_numbers import SolveReport, norms, peak_device, peak_rss, summary
+from mergekit_stf.core.superpose import Report
+from mergekit_stf.host.record_numbers import peak_device, peak_rss, summary
 
 FILE_NAME = "stf-diagnostics.jsonl"
 VARIABLE = "MERGEKIT_STF_DIAGNOSTICS"
 
 
 class Record(BaseModel):
-    """One weight of a merge.
+    """One weight of a merge. What is None or empty was not computed for it.
 
     Attributes:
+        name: of the weight.
+        rule: that merged it.
+        shape: of the weight.
         models: the tuned models, in the order of every list below.
+        seconds: to merge it, reading and writing left out.
+        peak_rss: the process's memory high-water mark after this weight, in bytes.
+        peak_device: the most memory allocated on the accelerator until then, in bytes.
+        routes: of the decomposition, one a task.
         kept: features that each task brought into the system.
+        iterations: applications of G.
         residual: ``‖Gα − s‖ / ‖s‖`` at the end of the solve.
-        condition: estimate of the condition number of G.
-        alpha_ratio: the quantiles ``QUANTILES`` of α/s over all features; 1 is task arithmetic.
-        spectra: of each task, the singular values at ``SPECTRUM_POINTS`` ranks, spread evenly
-            in the logarithm from the first to the last that was kept.
+        converged: whether the solve came below its tolerance.
+        condition: lower bound of the condition number of G.
+        energy: ``‖M‖² / Σ‖M_i‖²`` of the exact answer; far above 1, tasks contradict each other.
+        ridge: added to the diagonal of G.
+        cutoff: eigenvalue of G below which contradictions were damped; 0 is the exact answer.
+        alpha_ratio: minimum, quartiles and maximum of α/s; 1 is task arithmetic.
+        spectra: of each task, singular values at the ranks of ``core.features.spectrum_ranks``.
         norms: ``‖M_i‖``.
         norm_sum: ``‖Σ M_i‖``, the length that task arithmetic would give.
         norm_merged: ``‖M‖``.
         cosine: ``⟨M_i, M_j⟩ / (‖M_i‖ ‖M_j‖)``, the interference of each pair of tasks.
-        peak_rss: the process's memory high-water mark after this weight, in bytes.
-        peak_device: the most memory allocated on the accelerator until then, in bytes.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -50,20 +58,23 @@ class Record(BaseModel):
     shape: list[int]
     models: list[str]
     seconds: float
-    norms: list[float]
-    norm_sum: float
-    norm_merged: float
-    cosine: list[list[float]]
     peak_rss: int | None = None
     peak_device: int | None = None
-    route: str | None = None
-    kept: list[int] | None = None
+    routes: list[str] = []
+    kept: list[int] = []
     iterations: int | None = None
     residual: float | None = None
-    ridge: float | None = None
+    converged: bool | None = None
     condition: float | None = None
-    alpha_ratio: list[float] | None = None
-    spectra: list[list[float]] | None = None
+    energy: float | None = None
+    ridge: float | None = None
+    cutoff: float | None = None
+    alpha_ratio: list[float] = []
+    spectra: list[list[float]] = []
+    norms: list[float] = []
+    norm_sum: float | None = None
+    norm_merged: float | None = None
+    cosine: list[list[float]] = []
 
 
 class Recorder:
@@ -87,37 +98,36 @@ class Recorder:
         *,
         name: str,
         rule: str,
+        shape: Sequence[int],
         models: Sequence[str],
-        deltas: Sequence[torch.Tensor],
-        merged: torch.Tensor,
         seconds: float,
-        reports: Sequence[SolveReport] = (),
+        device: torch.device,
+        reports: Sequence[Report] = (),
     ) -> None:
         """Write what happened to one weight.
 
         Args:
-            name: the weight's name.
-            rule: the rule that merged it.
+            name: of the weight.
+            rule: that merged it.
+            shape: of the weight.
             models: one label for each tuned model.
-            deltas: the task matrices ``M_i`` as they entered the rule, all of one shape.
-            merged: M, before λ.
-            seconds: what the weight took, reading and writing left out.
-            reports: the engine's reports, one for each matrix of an expert stack; none for
-                rules without a solve.
+            seconds: to merge it, reading and writing left out.
+            device: where it was merged.
+            reports: the engine's, one for each matrix of an expert stack; none for rules without
+                a solve and for matrices that came from the store.
         """
         record = Record(
             name=name,
             rule=rule,
-            shape=list(merged.shape),
+            shape=list(shape),
             models=list(models),
             seconds=seconds,
             peak_rss=peak_rss(),
-            peak_device=peak_device(merged.device),
-            **norms(deltas, merged),
+            peak_device=peak_device(device),
             **summary(reports),
         )
         with self._lock:
-            self._stream.write(record.model_dump_json(exclude_none=True) + "\n")
+            self._stream.write(record.model_dump_json(exclude_defaults=True) + "\n")
             self._stream.flush()
 
     def close(self) -> None:

@@ -1,95 +1,65 @@
-"""The numbers of one weight's record, from what the method has in hand after merging it."""
+"""The numbers of one weight's record, from the engine's reports of its matrices."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-SPECTRUM_POINTS = 16
-
-_CHUNK = 1 << 20
+from mergekit_stf.core.superpose import Report
 
 
-class SolveReport(Protocol):
-    """What is read of the engine's report of one matrix.
+def summary(reports: Sequence[Report]) -> dict[str, Any]:
+    """Return the record's fields for one matrix, or for the matrices of an expert stack.
 
-    ``kept`` counts the features of each task; ``s`` and ``alpha`` hold the right-hand side and
-    the solution of ``Gα = s``, task after task, so their length is the sum of ``kept``.
+    Lengths and interference are those of the whole stack; the solve is described by the matrix
+    that needs attention most, the one with the largest condition.
     """
-
-    route: str
-    kept: Sequence[int]
-    iterations: int
-    residual: float
-    ridge: float
-    condition: float
-    s: torch.Tensor
-    alpha: torch.Tensor
-
-
-def norms(deltas: Sequence[torch.Tensor], merged: torch.Tensor) -> dict[str, Any]:
-    """Return lengths and mutual cosines of the task matrices, and the length of M."""
-    gram = _gram(deltas)
-    length = gram.diagonal().clamp(min=0).sqrt()
-    scale = torch.where(length > 0, length, 1.0)
-    return {
-        "norms": length.tolist(),
-        "norm_sum": gram.sum().clamp(min=0).sqrt().item(),
-        "norm_merged": torch.linalg.vector_norm(merged, dtype=torch.float64).item(),
-        "cosine": (gram / torch.outer(scale, scale)).tolist(),
-    }
-
-
-def _gram(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return ``⟨M_i, M_j⟩`` as a T×T float64 matrix on the CPU, in memory for one chunk each."""
-    flat = [delta.reshape(-1) for delta in deltas]
-    gram = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
-    for start in range(0, flat[0].numel(), _CHUNK):
-        rows = torch.stack([row[start : start + _CHUNK] for row in flat])
-        gram += (rows @ rows.T).double()
-    return gram.cpu()
-
-
-def summary(reports: Sequence[SolveReport]) -> dict[str, Any]:
-    """Fold the reports of an expert stack into the one that needs attention most."""
     if not reports:
         return {}
     worst = max(reports, key=lambda report: report.condition)
     return {
-        "route": worst.route,
-        "kept": [sum(kept) for kept in zip(*(report.kept for report in reports), strict=True)],
+        "routes": list(worst.routes),
+        "kept": [sum(kept) for kept in zip(*(report.ranks for report in reports), strict=True)],
         "iterations": max(report.iterations for report in reports),
         "residual": max(report.residual for report in reports),
-        "ridge": max(report.ridge for report in reports),
+        "converged": all(report.converged for report in reports),
         "condition": worst.condition,
-        "alpha_ratio": _alpha_ratio(worst),
-        "spectra": [
-            _sampled(part) for part in torch.split(worst.s.double().cpu(), list(worst.kept))
-        ],
+        "energy": max(report.energy for report in reports),
+        "ridge": max(report.ridge for report in reports),
+        "cutoff": max(report.cutoff for report in reports),
+        "alpha_ratio": list(worst.alpha_ratio),
+        "spectra": [list(spectrum) for spectrum in worst.spectra],
+        **_lengths(reports),
     }
 
 
-def _alpha_ratio(report: SolveReport) -> list[float]:
-    if not sum(report.kept):
-        return []
-    ratio = (report.alpha.double() / report.s.double()).cpu()
-    ordered: list[float] = torch.quantile(ratio, torch.tensor(QUANTILES).double()).tolist()
-    return ordered
+def _lengths(reports: Sequence[Report]) -> dict[str, Any]:
+    gram = torch.stack([_gram(report) for report in reports]).sum(dim=0)
+    norms = gram.diagonal().sqrt()
+    scale = torch.where(norms > 0, norms, 1.0)
+    return {
+        "norms": norms.tolist(),
+        "norm_sum": _length(report.sum_norm for report in reports),
+        "norm_merged": _length(report.merged_norm for report in reports),
+        "cosine": (gram / torch.outer(scale, scale)).tolist(),
+    }
 
 
-def _sampled(s: torch.Tensor) -> list[float]:
-    return [float(s[rank - 1]) for rank in spectrum_ranks(len(s))]
+def _gram(report: Report) -> torch.Tensor:
+    """Return ``⟨M_i, M_j⟩``, (T, T), from the lengths and the overlaps."""
+    norms = torch.tensor(report.norms, dtype=torch.float64)
+    overlaps = torch.tensor(report.overlaps, dtype=torch.float64)
+    gram = overlaps * torch.outer(norms, norms)
+    gram.diagonal().copy_(norms.square())
+    return gram
 
 
-def spectrum_ranks(kept: int) -> list[int]:
-    """Return the ranks, counted from 1, at which a spectrum of ``kept`` values is sampled."""
-    if kept == 0:
-        return []
-    return [round(kept ** (step / (SPECTRUM_POINTS - 1))) for step in range(SPECTRUM_POINTS)]
+def _length(parts: Iterable[float]) -> float:
+    return math.sqrt(sum(part * part for part in parts))
 
 
 def peak_rss() -> int | None:
