@@ -1,0 +1,54 @@
+"""``mergekit-stf doctor``: what is installed, what is live, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+from mergekit_stf.host.health import Health, examine
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Say what is installed, whether stf is live, and which route the engine takes.
+
+    Measures each device for half a second. Exits with 0 when merges work, with 1 when something
+    keeps them from working; every problem comes with its remedy.
+
+    \b
+    Example:
+      mergekit-stf doctor
+    """
+    health = examine()
+    if as_json:
+        click.echo(health.model_dump_json(indent=2))
+    else:
+        for line in _lines(health):
+            click.echo(line)
+    if health.problems:
+        raise click.exceptions.Exit(1)
+
+
+def _lines(health: Health) -> Iterator[str]:
+    yield f"Python       {health.python}"
+    yield f"System       {health.system}, {health.threads} torch threads"
+    for package, version in health.versions.items():
+        yield f"{package:<12} {version or 'not installed'}"
+    yield ""
+    yield f"stf in mergekit       {'registered' if health.registered else 'NOT registered'}"
+    yield f"found by mergekit-yaml {'yes' if health.autoload else 'NO'}"
+    for path in health.hook_files:
+        yield f"  through {path}"
+    yield ""
+    for device in health.devices:
+        yield f"{device.name}: {device.description or 'unknown processor'}".rstrip()
+        yield f"  float32 {device.float32:,.0f} GFLOP/s, float64 {device.float64:,.0f} GFLOP/s"
+        for dtype, route in device.routes.items():
+            yield f"  {dtype} checkpoints: {route}"
+    yield ""
+    yield from (f"missing: {item}" for item in health.missing)
+    yield from (f"problem: {item}" for item in health.problems)
+    if not health.problems:
+        yield "No problem found."
