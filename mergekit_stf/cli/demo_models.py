@@ -13,6 +13,7 @@ from mergekit_stf.cli.demo_training import (
     Advance,
     Settings,
     no_progress,
+    torch_threads,
     train_base,
     train_specialist,
 )
@@ -37,11 +38,12 @@ def build_models(
     Raises:
         CorpusError: this Python does not carry the text of one of the kinds.
     """
-    base = train_base(settings, seed, advance)
-    paths = {"base": save_model(base, directory / "base")}
-    for kind in settings.kinds:
-        specialist = train_specialist(base, kind, settings, seed, advance)
-        paths[kind] = save_model(specialist, directory / kind)
+    with torch_threads(settings.threads):
+        base = train_base(settings, seed, advance)
+        paths = {"base": save_model(base, directory / "base")}
+        for kind in settings.kinds:
+            specialist = train_specialist(base, kind, settings, seed, advance)
+            paths[kind] = save_model(specialist, directory / kind)
     return paths
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_stf.cli.demo_corpus import END_OF_TEXT, VOCABULARY, Split, corpus
 
-Advance = Callable[[str], None]
+Advance = Callable[[str, int], None]
+"""Called with what is being done and how many steps of it were just done."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class Settings:
     base_rate: float = 3e-3
     specialist_rate: float = 1e-3
     windows: int = 96
+    threads: int = 2
 
     @classmethod
     def tiny(cls, kinds: tuple[str, ...] = ("python", "prose", "unicode")) -> Settings:
         """Return settings that train a base and its specialists in a few seconds, for tests."""
         return cls(
             kinds=kinds, hidden=32, layers=2, heads=2, context=64, batch=8, base_steps=60,
-            specialist_steps=40, specialist_rate=3e-3, windows=32,
+            specialist_steps=40, specialist_rate=3e-3, windows=32, threads=1,
         )  # fmt: skip
 
     @property
@@ -48,8 +51,19 @@ class Settings:
         return self.base_steps + len(self.kinds) * self.specialist_steps
 
 
-def no_progress(label: str) -> None:
+def no_progress(label: str, steps: int) -> None:
     """Take a step of work without showing it."""
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads meanwhile: sums depend on it, and small models wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def new_model(settings: Settings, seed: int) -> LlamaForCausalLM:
@@ -120,7 +134,7 @@ def train_base(settings: Settings, seed: int, advance: Advance = no_progress) ->
     """Train the base on equal parts of every kind of text."""
     model = new_model(settings, seed)
     data = batches(settings.kinds, settings, settings.base_steps, seed)
-    train(model, data, settings.base_steps, settings.base_rate, lambda: advance("base"))
+    train(model, data, settings.base_steps, settings.base_rate, lambda: advance("base", 1))
     return model
 
 
@@ -136,7 +150,7 @@ def train_specialist(
     model.load_state_dict(base.state_dict())
     steps = settings.specialist_steps
     data = batches((kind,), settings, steps, seed + 1 + settings.kinds.index(kind))
-    train(model, data, steps, settings.specialist_rate, lambda: advance(kind))
+    train(model, data, steps, settings.specialist_rate, lambda: advance(kind, 1))
     return model
 
 

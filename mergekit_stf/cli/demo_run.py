@@ -1,0 +1,109 @@
+"""The whole demo: train, merge, measure; the figures go into ``results.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel
+
+from mergekit_stf.cli.demo_merging import METHODS, merge, write_recipe
+from mergekit_stf.cli.demo_models import build_models, load_model
+from mergekit_stf.cli.demo_training import Advance, Settings, bits_per_byte, torch_threads
+
+OWN_FILES = ("models", "recipes", "merged", "results.json")
+MERGE_STEPS = 60
+"""Optimiser steps that take about as long as one merge, for the progress bar."""
+
+
+class Results(BaseModel):
+    """What the demo measured.
+
+    Attributes:
+        seed: of weights and text order.
+        settings: of sizes and training.
+        parameters: of the merges, by method.
+        bits_per_byte: held-out loss by model and kind of text.
+        seconds: spent on training, and on each merge as a separate process.
+        versions: of the packages that the figures depend on.
+    """
+
+    seed: int
+    settings: dict[str, Any]
+    parameters: dict[str, dict[str, Any]]
+    bits_per_byte: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    def beaten_specialists(self) -> list[str]:
+        """Return the kinds whose specialist is not the best unmerged model on its own text."""
+        kinds = list(self.settings["kinds"])
+        losses = self.bits_per_byte
+        return [
+            kind
+            for kind in kinds
+            if any(losses[kind][kind] >= losses[m][kind] for m in ("base", *kinds) if m != kind)
+        ]
+
+
+def clear(root: Path) -> None:
+    """Remove what an earlier demo left in a directory, and nothing else."""
+    for name in OWN_FILES:
+        path = root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def total_steps(settings: Settings) -> int:
+    """Return how often ``run_demo`` advances in all."""
+    return settings.steps + MERGE_STEPS * len(METHODS)
+
+
+def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Results:
+    """Train, merge by every method, measure every model on every kind of text, write the figures.
+
+    Raises:
+        CorpusError: this Python does not carry the text.
+        MergeError: ``mergekit-yaml`` failed.
+    """
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "training"):
+        paths = build_models(root / "models", settings, seed, advance)
+    for method in METHODS:
+        advance(method, 0)
+        write_recipe(root, method, settings.kinds)
+        with _timed(seconds, method):
+            paths[method] = merge(root, method)
+        advance(method, MERGE_STEPS)
+    results = Results(
+        seed=seed,
+        settings=dataclasses.asdict(settings),
+        parameters=METHODS,
+        bits_per_byte={name: _losses(path, settings) for name, path in paths.items()},
+        seconds=seconds,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    (root / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def _losses(path: Path, settings: Settings) -> dict[str, float]:
+    model = load_model(path)
+    with torch_threads(settings.threads):
+        return {kind: bits_per_byte(model, kind, settings) for kind in settings.kinds}
