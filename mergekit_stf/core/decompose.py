@@ -1,4 +1,4 @@
-"""The features of one task matrix: choose the route, reduce the matrix, survive a failing driver."""
+"""The features of one task matrix: choose a route, reduce the matrix, survive a failing driver."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ class Blocks:
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
-        parts = alpha.split(self.sizes)
+        parts = torch.split(alpha, self.sizes)
         result = alpha.clone()
-        out = result.split(self.sizes)
+        out = torch.split(result, self.sizes)
         for (i, j), block in self.blocks.items():
             out[i].add_(torch.mv(block, parts[j].to(block.dtype)))
             out[j].add_(torch.mv(block.mT, parts[i].to(block.dtype)))
@@ -60,7 +60,7 @@ class Products:
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
-        M = combine(self.features, alpha.split(self.sizes))
+        M = combine(self.features, torch.split(alpha, self.sizes))
         responses = [((M @ f.Vh.mT).mul_(f.U)).sum(dim=0) for f in self.features]
         return torch.cat(responses).to(alpha.dtype)
 

@@ -1,10 +1,10 @@
 """Exact routes from a task matrix to all of its singular triples.
 
 Every route takes a matrix with at least as many rows as columns and returns thin triples in
-descending order. The singular value decomposition is what a merge costs. An eigendecomposition of
-the Gram matrix ``MᵀM`` costs less, but squares the condition number: float64 hides that, and float32
-shows it as features that are mixed with their neighbours. ``gram_refined`` undoes the mixing with a
-few float32 products and is as accurate as a float32 SVD on any device, whatever its float64 rate.
+descending order. The decomposition is what a merge costs. An eigendecomposition of the Gram matrix
+``MᵀM`` is cheaper than a singular value decomposition but squares the condition number: float64
+hides that, float32 shows it as features that are mixed with their neighbours. ``gram_refined``
+undoes the mixing with a few float32 products, so that it needs no float64 on any device.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ ROUTES: dict[str, Callable[[Tensor], Features]] = {
 
 def _gram_float64(M: Tensor) -> Tensor:
     gram = torch.zeros(M.shape[1], M.shape[1], dtype=torch.float64, device=M.device)
-    for rows in M.split(max(1, CHUNK // M.shape[1])):
+    for rows in torch.split(M, max(1, CHUNK // M.shape[1])):
         wide = rows.double()
         gram.addmm_(wide.mT, wide)
     return gram

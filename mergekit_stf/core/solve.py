@@ -69,7 +69,7 @@ def solve(
     scale = float(torch.linalg.vector_norm(s))
     krylov = Lanczos(operator or gram(features), s / scale)
     outcome = _damped(krylov) if ridge is None else _shifted(krylov, ridge)
-    alpha = (krylov.expand(outcome.coefficients) * scale).split(sizes)
+    alpha = torch.split(krylov.expand(outcome.coefficients) * scale, sizes)
     return Solution(
         alpha=tuple(a.to(f.s.dtype) for a, f in zip(alpha, features, strict=True)),
         iterations=krylov.steps,
@@ -127,7 +127,7 @@ class Lanczos:
         return vectors @ (f(values) * vectors[0])
 
     def energy(self) -> float:
-        """Return ``e_1ᵀ T⁻¹ e_1``, a lower bound of ``sᵀ G⁻¹ s / sᵀs`` that rises with each step."""
+        """Return ``e_1ᵀ T⁻¹ e_1``, which rises to ``sᵀ G⁻¹ s / sᵀs`` step by step."""
         values, vectors = self.ritz()
         return float((vectors[0].square() / values.clamp(min=1e-14)).sum())
 

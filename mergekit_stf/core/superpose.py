@@ -39,7 +39,6 @@ class Report:
     shape: tuple[int, int]
     routes: tuple[str, ...]
     ranks: tuple[int, ...]
-    spectra: tuple[tuple[float, ...], ...]
     norms: tuple[float, ...]
     merged_norm: float
     sum_norm: float
@@ -52,6 +51,7 @@ class Report:
     ridge: float
     cutoff: float
     alpha_ratio: tuple[float, ...]
+    spectra: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)

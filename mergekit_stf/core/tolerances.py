@@ -13,7 +13,7 @@ NEAR = 0.1
 """Refinement treats a pair as mixed, not merely tilted, when first order would turn it further."""
 
 TAIL = 0.1
-"""A float32 Gram matrix blurs triples below ``TAIL * s_1``; they are decomposed again by themselves."""
+"""A float32 Gram matrix blurs triples below ``TAIL * s_1``; these are decomposed again, alone."""
 
 WELL_POSED = 2.0
 """Up to ``sᵀ G⁻¹ s = WELL_POSED * sᵀs`` the exact solution is taken as it is."""
