@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import click
 
 from mergekit_stf import __version__
+from mergekit_stf.cli.errors import one_line
 
 COMMANDS = {
     "demo": "Train a tiny base and its specialists, merge them, and print what each merge does.",
@@ -33,6 +35,11 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"mergekit_stf.cli.{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; whatever it raises ends in one message and an exit code."""
+        with one_line():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands without importing them."""

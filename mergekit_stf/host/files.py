@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mergekit_stf.core.errors import STFError
 
@@ -69,16 +69,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def inside(root: Path, name: str) -> Path:
+def inside(root: Path, name: str, links: bool = False) -> Path:
     """Return ``root / name``, for a ``name`` that comes from a file that may be hostile.
+
+    Args:
+        root: the folder that must not be left.
+        name: a relative path, with ``/`` between its parts.
+        links: allow symbolic links out of ``root``, which the hub's cache is made of.
 
     Raises:
         STFError: the name is absolute, goes up, or leads out of ``root`` through a link.
     """
-    relative = Path(name)
-    if not name or relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise STFError(f"{name!r} is no file name inside {root}; the lock or index file is damaged")
+    relative = PurePosixPath(name)
+    if not name.isprintable() or relative.is_absolute() or not _goes_down(relative):
+        raise STFError(f"{name!r} is no file name inside {root}; the file that gives it is damaged")
     path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not links and not path.resolve().is_relative_to(root.resolve()):
         raise STFError(f"{path} leads out of {root} through a link; replace the link by the file")
     return path
+
+
+def _goes_down(path: PurePosixPath) -> bool:
+    bad = any(part == ".." or "\\" in part or ":" in part for part in path.parts)
+    return bool(path.parts) and not bad

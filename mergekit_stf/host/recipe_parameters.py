@@ -59,6 +59,16 @@ def parameter_warnings(data: dict[Any, Any]) -> Iterator[Problem]:
     yield from _base_settings(data, spec)
 
 
+def filters(data: dict[Any, Any]) -> Iterator[str]:
+    """Yield every filter of a legal recipe."""
+    for _, settings, _ in _places(data):
+        for value in settings.values():
+            conditions = value if isinstance(value, list) else [value]
+            for condition in conditions:
+                if isinstance(condition, dict) and condition.get("filter"):
+                    yield condition["filter"]
+
+
 def _spec(data: dict[Any, Any]) -> MergeMethodSpec | None:
     specs = {method.spec.name: method.spec for method in merge_methods.registered_methods()}
     name = data.get("merge_method")

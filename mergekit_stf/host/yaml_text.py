@@ -45,6 +45,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an error's message; libraries write essays."""
+    return str(error).partition("\n")[0]
+
+
 def shown(value: object) -> str:
     """Return ``repr`` of a recipe's value, cut to a length that fits into a message."""
     text = repr(value)
@@ -79,7 +84,7 @@ def parse(text: str, source: str) -> Document:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, STFError):
             raise STFError(f"{source}: {error}") from None
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise STFError(f"{source}: not readable as YAML: {printable(reason)}") from error
     finally:
         if loader is not None:
@@ -122,8 +127,4 @@ def _marked(error: yaml.MarkedYAMLError, source: str) -> str:
     mark = error.problem_mark or error.context_mark
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     what = " ".join(part for part in (error.context, error.problem) if part)
-    return f"{source}{where}: not readable as YAML: {printable(_first_line(what))}"
-
-
-def _first_line(error: object) -> str:
-    return str(error).partition("\n")[0]
+    return f"{source}{where}: not readable as YAML: {printable(first_line(what))}"

@@ -1,0 +1,101 @@
+"""Exit codes, and the one place where exceptions become a line on the terminal.
+
+====  ==========================================================
+0     done
+1     a recipe, an input or an output is wrong; the line says which
+2     the command line is wrong
+3     ``verify`` found a difference
+4     the system failed: disk full, no permission, out of memory
+70    a fault of ours; set ``MERGEKIT_STF_TRACEBACK=1`` and report what it prints
+130   interrupted with Ctrl-C
+143   ended by SIGTERM
+====  ==========================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import click
+
+OK, WRONG, DIFFERENT, SYSTEM, FAULT, INTERRUPTED, TERMINATED = 0, 1, 3, 4, 70, 130, 143
+VARIABLE = "MERGEKIT_STF_TRACEBACK"
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, it is no error of the program."""
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn every exception of a command into one message and an exit code."""
+    try:
+        with _sigterm():
+            yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except Terminated:
+        raise SystemExit(TERMINATED) from None
+    except Exception as error:
+        if os.environ.get(VARIABLE):
+            raise
+        code, message = describe(error)
+        click.echo(f"Error: {message}", err=True)
+        raise SystemExit(code) from None
+
+
+def describe(error: Exception) -> tuple[int, str]:
+    """Return exit code and message for an exception."""
+    from mergekit_stf.core.errors import STFError  # costs the import of torch
+
+    if isinstance(error, STFError):
+        return WRONG, str(error)
+    text = " ".join(str(error).split())
+    if _is_full(error, text):
+        return SYSTEM, f"no space left on the disk ({text}); make room and run the command again"
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return (
+            SYSTEM,
+            f"out of memory ({text[:200]}); docs/performance.md says what lowers the need",
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return SYSTEM, f"{where}{error.strerror or text}"
+    if _is_of_the_host(error):
+        return WRONG, f"mergekit refused the merge: {type(error).__name__}: {text}"
+    hint = f"set {VARIABLE}=1 for the traceback and report it"
+    return FAULT, f"unexpected {type(error).__name__}: {text}; {hint}"
+
+
+def _is_full(error: Exception, text: str) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
+
+
+def _is_of_the_host(error: Exception) -> bool:
+    """Whether the innermost frame that is ours or the host's is the host's."""
+    origin = ""
+    trace = error.__traceback__
+    while trace is not None:
+        package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        origin = package if package in ("mergekit", "mergekit_stf") else origin
+        trace = trace.tb_next
+    return origin == "mergekit"
+
+
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,63 @@
+"""``mergekit-stf verify``: is a merge still what its lock file says, and can it be made again?"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from mergekit_stf.cli.errors import DIFFERENT
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.lock import FILE_NAME, Lock, differences, read_lock
+
+
+@click.command("verify")
+@click.argument("out_path", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--rebuild", is_flag=True, help="Merge again as well, and compare the bytes.")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where to rebuild, with room for the model.  [default: the system's temporary folder]",
+)
+@click.option("--transformers-cache", help="Where hub models are kept.")
+@click.option("--trust-remote-code", is_flag=True, help="Rebuild a merge that was made so.")
+def command(
+    out_path: Path,
+    rebuild: bool,
+    scratch: Path | None,
+    transformers_cache: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Compare inputs, outputs and versions with OUT/stf.lock.json.
+
+    Exits with 0 when nothing has changed, with 3 when something has. Paths of models are those of
+    the recipe: a relative one is taken from the current folder.
+    """
+    lock = read_lock(out_path)
+    found = list(differences(lock, out_path, transformers_cache))
+    if rebuild and not found:
+        found = _rebuilt(lock, out_path, scratch, transformers_cache, trust_remote_code)
+    for line in found:
+        click.echo(line)
+    if found:
+        click.echo(f"{out_path}: {len(found)} differences from {FILE_NAME}", err=True)
+        raise SystemExit(DIFFERENT)
+    inputs = sum(len(model.files) for model in lock.models)
+    again = ", and merged again to the same bytes" if rebuild else ""
+    click.echo(f"{out_path}: {inputs} input and {len(lock.outputs)} output files verified{again}")
+
+
+def _rebuilt(
+    lock: Lock, out: Path, scratch: Path | None, cache: str | None, trust: bool
+) -> list[str]:
+    from mergekit_stf.host.rebuild import rebuild
+
+    if lock.options.get("trust_remote_code") and not trust:
+        raise STFError(f"{out} was merged with --trust-remote-code; say so here to rebuild it")
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="stf-verify-") as folder:
+        again = rebuild(lock, Path(folder) / out.absolute().name, cache)
+    before = {record.name: record.sha256 for record in lock.outputs}
+    after = {record.name: record.sha256 for record in again.outputs}
+    names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    return [f"rebuilt {name}: other bytes" for name in names]

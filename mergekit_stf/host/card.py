@@ -1,0 +1,72 @@
+"""The model card of a merge: the same text in every process, nothing asked of the network."""
+
+from __future__ import annotations
+
+import html
+import os
+
+import yaml
+from mergekit.card import method_md
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+
+TEMPLATE = """---
+{metadata}---
+# {name}
+
+A merge of pretrained models, made with [mergekit](https://github.com/arcee-ai/mergekit) and the
+merge method {method}. `stf.lock.json` lists every input and output file with its SHA-256.
+
+## Models
+{base}{models}
+
+## Recipe
+
+{fence}yaml
+{recipe}
+{fence}
+"""
+
+
+def card(config: MergeConfiguration, text: str, name: str) -> str:
+    """Return the card of a merge as Markdown; what comes from the recipe is escaped.
+
+    Args:
+        config: the recipe.
+        text: the recipe as written.
+        name: the name of the merged model.
+    """
+    models = [model for model in config.referenced_models() if model != config.base_model]
+    base = f"\n- base: {_code(config.base_model)}" if config.base_model else ""
+    return TEMPLATE.format(
+        metadata=yaml.safe_dump(_metadata(config), sort_keys=True, allow_unicode=True),
+        name=html.escape(name).replace("\n", " "),
+        method=method_md(config.merge_method),
+        base=base,
+        models="".join(f"\n- {_code(model)}" for model in sorted(models, key=str)),
+        fence=_fence(text),
+        recipe=text.rstrip(),
+    )
+
+
+def _metadata(config: MergeConfiguration) -> dict[str, object]:
+    parts = [part for model in config.referenced_models() for part in (model.model, model.lora)]
+    hub = {part.path for part in parts if part is not None and not os.path.exists(part.path)}
+    return {
+        "base_model": sorted(hub),
+        "library_name": "transformers",
+        "tags": ["merge", "mergekit"],
+    }
+
+
+def _code(model: ModelReference) -> str:
+    text = str(model).replace("\n", " ")
+    fence = _fence(text, least=1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _fence(text: str, least: int = 3) -> str:
+    count = least
+    while "`" * count in text:
+        count += 1
+    return "`" * count

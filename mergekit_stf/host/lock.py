@@ -1,0 +1,233 @@
+"""``stf.lock.json``: what went into a merge, with what it was made, and what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from mergekit.common import ModelPath
+from mergekit.options import MergeOptions
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_stf import __version__
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.files import inside, sha256_of, write_text
+from mergekit_stf.host.inputs import InputModel
+from mergekit_stf.host.yaml_text import first_line, printable
+
+FILE_NAME = "stf.lock.json"
+LIBRARIES = ("mergekit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+NOT_RECORDED = {
+    "transformers_cache",
+    "lora_merge_cache",
+    "verbosity",
+    "quiet",
+    "num_threads",
+    "async_write",
+    "write_threads",
+    "lazy_unpickle",
+    "write_model_card",
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Model):
+    """A file: its name relative to its root, its size in bytes, its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class ModelRecord(_Model):
+    """An input model: its reference as the recipe writes it, and the files that were read.
+
+    Attributes:
+        commit: the commit of a hub model; None for a local folder.
+    """
+
+    reference: str
+    commit: str | None
+    files: tuple[FileRecord, ...]
+
+
+class Lock(_Model):
+    """Everything that decides the bytes of a merge, and the bytes themselves as digests.
+
+    Attributes:
+        options: the host's options that can change the output.
+        versions: our version and those of the libraries that compute or write.
+        device: the name of the accelerator, or ``cpu``.
+        threads: torch's number of threads.
+        machine: system, architecture, Python and the CPU's vector instructions; for the reader.
+    """
+
+    format: Literal[1] = 1
+    recipe: str
+    recipe_sha256: str
+    options: dict[str, Any]
+    models: tuple[ModelRecord, ...]
+    versions: dict[str, str]
+    device: str
+    threads: int
+    machine: dict[str, str]
+    outputs: tuple[FileRecord, ...]
+
+
+def make_lock(
+    recipe: str,
+    options: MergeOptions,
+    models: list[InputModel],
+    digests: dict[Path, str],
+    folder: Path,
+) -> Lock:
+    """Return the lock of a finished merge.
+
+    Args:
+        recipe: the recipe's text.
+        options: the host's options.
+        models: the inputs.
+        digests: SHA-256 of each input file.
+        folder: the folder of the output.
+    """
+    return Lock(
+        recipe=recipe,
+        recipe_sha256=text_digest(recipe),
+        options=options.model_dump(mode="json", exclude=NOT_RECORDED),
+        models=tuple(_model_record(model, digests) for model in models),
+        versions=versions(),
+        device=device_name(options.device or "cpu"),
+        threads=torch.get_num_threads(),
+        machine=machine(),
+        outputs=tuple(file_record(folder, name) for name in output_names(folder)),
+    )
+
+
+def write_lock(lock: Lock, folder: Path) -> None:
+    """Write the lock into the folder of the output."""
+    write_text(folder / FILE_NAME, lock.model_dump_json(indent=2) + "\n")
+
+
+def read_lock(folder: Path) -> Lock:
+    """Read the lock of a merge.
+
+    Raises:
+        STFError: there is none, or it is no lock.
+    """
+    path = folder / FILE_NAME
+    try:
+        return Lock.model_validate_json(path.read_bytes())
+    except OSError as error:
+        hint = "; mergekit-stf merge writes one"
+        raise STFError(f"{path}: cannot be read: {error.strerror}{hint}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise STFError(f"{path} is damaged: {where}: {first['msg']}; merge again") from error
+
+
+def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[str]:
+    """Yield one line for each thing that is no longer as the lock says.
+
+    Args:
+        lock: the lock.
+        folder: the folder of the output.
+        cache: where hub models are kept, if not in the default place.
+    """
+    if text_digest(lock.recipe) != lock.recipe_sha256:
+        yield f"{FILE_NAME}: the recipe in it was changed"
+    for name, was in lock.versions.items():
+        now = versions().get(name, "not installed")
+        if now != was:
+            yield f"version of {name}: merged with {was}, here is {now}"
+    for model in lock.models:
+        yield from _model_differences(model, cache)
+    yield from (f"output {line}" for line in _file_differences(lock.outputs, folder))
+    for name in sorted(set(output_names(folder)) - {record.name for record in lock.outputs}):
+        yield f"output {name}: not in the lock"
+
+
+def output_names(folder: Path) -> list[str]:
+    """Return the names of all files of an output but its lock, sorted."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+    return sorted(name for name in names if name != FILE_NAME)
+
+
+def file_record(root: Path, name: str, sha256: str | None = None) -> FileRecord:
+    """Return the record of one file, reading it unless its digest is known."""
+    path = root / name
+    return FileRecord(name=name, size=path.stat().st_size, sha256=sha256 or sha256_of(path))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change the output."""
+    return {"mergekit-stf": __version__} | {name: version(name) for name in LIBRARIES}
+
+
+def machine() -> dict[str, str]:
+    """Return what else is known to change bits: system, architecture and vector instructions."""
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def device_name(device: str) -> str:
+    """Return the name of an accelerator, or the kind of device for all others."""
+    kind = torch.device(device).type
+    return str(torch.cuda.get_device_name(device)) if kind == "cuda" else kind
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _model_record(model: InputModel, digests: dict[Path, str]) -> ModelRecord:
+    files = (file_record(model.folder, name, digests[model.folder / name]) for name in model.files)
+    return ModelRecord(reference=model.reference, commit=model.commit, files=tuple(files))
+
+
+def _model_differences(model: ModelRecord, cache: str | None) -> Iterator[str]:
+    try:
+        folder = _present(model, cache)
+    except (OSError, ValueError, RuntimeError) as error:
+        yield f"input {model.reference}: not on this machine ({printable(first_line(error))})"
+        return
+    for line in _file_differences(model.files, folder, links=True):
+        yield f"input {model.reference}: {line}"
+
+
+def _present(model: ModelRecord, cache: str | None) -> Path:
+    """Return a model's folder without asking the network: a lock file must not start downloads."""
+    path = ModelPath.model_validate(model.reference)
+    if model.commit is None:
+        return Path(path.path).resolve(strict=True)
+    found = snapshot_download(
+        path.path, revision=model.commit, cache_dir=cache, local_files_only=True
+    )
+    return Path(found)
+
+
+def _file_differences(
+    records: tuple[FileRecord, ...], root: Path, links: bool = False
+) -> Iterator[str]:
+    for record in records:
+        path = inside(root, record.name, links=links)
+        if not path.is_file():
+            yield f"{record.name}: missing"
+        elif path.stat().st_size != record.size:
+            yield f"{record.name}: {path.stat().st_size} bytes, was {record.size}"
+        elif sha256_of(path) != record.sha256:
+            yield f"{record.name}: other bytes"

@@ -1,0 +1,117 @@
+"""A merge whose output is either complete, with a lock file, or absent."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+from mergekit_stf.host.card import card
+from mergekit_stf.host.files import write_text
+from mergekit_stf.host.inputs import Digests, InputModel, input_models
+from mergekit_stf.host.lock import Lock, make_lock, write_lock
+from mergekit_stf.host.preflight import preflight
+from mergekit_stf.host.recipe import Recipe
+from mergekit_stf.host.store import DEFAULT_SIZE, Store, using
+from mergekit_stf.host.workspace import Workspace
+
+LOG = logging.getLogger(__name__)
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+class OrderedConfiguration(MergeConfiguration):  # type: ignore[misc]
+    """A recipe whose models come in an order that no hash seed changes.
+
+    The host iterates over a set of them where it writes the card and builds a vocabulary.
+    """
+
+    def referenced_models(self) -> list[ModelReference]:
+        """Return every model once, sorted by its reference."""
+        return sorted(super().referenced_models(), key=str)
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Where the store lies and what becomes of it.
+
+    Attributes:
+        folder: a folder of the user's, which is kept; None for one beside the output.
+        size: most bytes it may take.
+        keep: whether the one beside the output outlives a finished merge.
+    """
+
+    folder: Path | None = None
+    size: int = DEFAULT_SIZE
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: its lock, and one line on what the store did."""
+
+    lock: Lock
+    store: str
+
+
+def merge(
+    recipe: Recipe,
+    out: Path,
+    options: MergeOptions,
+    store_options: StoreOptions | None = None,
+    force: bool = False,
+) -> Merged:
+    """Check everything, merge beside ``out``, and put the result and its lock into place.
+
+    Args:
+        recipe: a checked recipe.
+        out: the folder to write.
+        options: the host's options.
+        store_options: how to keep merged matrices while the merge runs.
+        force: replace an output that is there.
+
+    Raises:
+        STFError: whatever is wrong, before or during the merge; ``out`` is then as it was.
+    """
+    wanted = store_options or StoreOptions()
+    with Workspace(out, force) as work:
+        config = OrderedConfiguration.model_validate(dict(recipe.config))
+        models = input_models(config, options)
+        LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
+        for warning in preflight(config, options, work.folder, wanted.size):
+            LOG.warning("%s", warning)
+        store = Store(wanted.folder or work.store, wanted.size)
+        with using(store), Digests(models) as digests:
+            _run(config, recipe.text, work.output, _host_options(config, models, options))
+            lock = make_lock(recipe.text, options, models, digests.result(), work.output)
+        write_lock(lock, work.output)
+        work.publish()
+        summary = store.summary()
+        if not (wanted.keep or wanted.folder):
+            store.clear()
+    return Merged(lock, summary)
+
+
+def _run(config: MergeConfiguration, text: str, output: Path, options: MergeOptions) -> None:
+    written = card(config, text, output.name)
+    run_merge(config.model_copy(deep=True), str(output), options, text)
+    write_text(output / "mergekit_config.yml", text)
+    write_text(output / "README.md", written)
+
+
+def _host_options(
+    config: MergeConfiguration, models: list[InputModel], options: MergeOptions
+) -> MergeOptions:
+    """Leave to the host only what it can do: its card asks the network and follows hash order."""
+    update = {"write_model_card": False}
+    donor = config.base_model or config.referenced_models()[0]
+    (folder,) = {model.folder for model in models if model.reference == str(donor.model)}
+    if options.copy_tokenizer and not any((folder / name).exists() for name in TOKENIZERS):
+        LOG.warning("%s has no tokenizer, so none is written", donor)
+        update["copy_tokenizer"] = False
+    return options.model_copy(update=update)

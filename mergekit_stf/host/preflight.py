@@ -1,0 +1,115 @@
+"""What is checked before a merge starts, beyond the recipe: shapes, coverage, disk and memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoadTensor
+from mergekit.options import MergeOptions
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.coverage import check_coverage
+from mergekit_stf.host.headers import header_of
+from mergekit_stf.host.planned import PlannedWeight, plan_weights
+from mergekit_stf.host.recipe_parameters import filters
+
+GB = 1e9
+
+
+def preflight(
+    config: MergeConfiguration, options: MergeOptions, folder: Path, store_size: int
+) -> list[str]:
+    """Check everything about a merge that can be known without reading a weight.
+
+    Args:
+        config: a recipe that passed `check_recipe`.
+        options: the host's options.
+        folder: an existing folder on the disk that will hold the output and the store.
+        store_size: most bytes that the store may take.
+
+    Returns:
+        What is suspicious but no reason to stop, one line each.
+
+    Raises:
+        STFError: a tensor is missing or of another shape, a weight would be lost, or the disk is
+            too small.
+    """
+    check_coverage(config, options)
+    if config.merge_method != "stf":
+        return []
+    weights = plan_weights(config, options)
+    realigned = bool(
+        config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
+    )
+    problems = [problem for weight in weights for problem in _shape_problems(weight, realigned)]
+    if problems:
+        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise STFError(f"{problems[0]}{more}")
+    _check_disk(weights, folder, store_size)
+    names = [weight.name for weight in weights]
+    return [*_memory_warnings(weights, options), *_idle_filters(config, names)]
+
+
+def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:
+    """Compare with the base; where a vocabulary is realigned, one axis may differ."""
+    expected = weight.header.shape
+    for model in weight.models:
+        shape = _shape(weight.loads[model])
+        if shape is None or shape == expected:
+            continue
+        axes = sum(a != b for a, b in zip(shape, expected, strict=False))
+        if not (realigned and len(shape) == len(expected) and axes == 1):
+            yield (
+                f"{weight.name}: {model} has shape {shape}, the base has {expected}; "
+                "only models of one architecture and size can be merged"
+            )
+
+
+def _shape(load: LoadTensor) -> tuple[int, ...] | None:
+    try:
+        return header_of(load).shape
+    except STFError:
+        if load.optional:
+            return None
+        raise
+
+
+def _check_disk(weights: list[PlannedWeight], folder: Path, store_size: int) -> None:
+    output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
+    matrices = sum(_matrix_bytes(weight) for weight in weights if weight.rule == "superpose")
+    needed = output + min(matrices, store_size)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise STFError(
+            f"{folder}: {needed / GB:.3f} GB needed ({output / GB:.3f} for the output, the rest "
+            f"for resuming), {free / GB:.3f} GB free; make room, or lower --store-size"
+        )
+
+
+def _matrix_bytes(weight: PlannedWeight) -> int:
+    return weight.numel * max(weight.dtype.itemsize, torch.float32.itemsize)
+
+
+def _memory_warnings(weights: list[PlannedWeight], options: MergeOptions) -> Iterator[str]:
+    """Compare a rough need with what is free: the largest weight, and the shard being filled."""
+    output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
+    tasks = max((len(weight.models) for weight in weights), default=0)
+    largest = max((_matrix_bytes(weight) for weight in weights), default=0)
+    needed = min(output, options.out_shard_size) + largest * (3 * tasks + 2)
+    free = psutil.virtual_memory().available
+    if free < needed:
+        yield (
+            f"about {needed / GB:.1f} GB of memory needed, {free / GB:.1f} GB free; "
+            "--out-shard-size 1B lowers the need"
+        )
+
+
+def _idle_filters(config: MergeConfiguration, names: list[str]) -> Iterator[str]:
+    for text in dict.fromkeys(filters(config.model_dump())):
+        if text != "*" and not any(text in name for name in names):
+            yield f"filter {text!r} matches no weight, so its value is never used"
