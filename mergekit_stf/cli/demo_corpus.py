@@ -49,8 +49,8 @@ def corpus(kind: str) -> dict[Split, torch.Tensor]:
     """Return the tokens of one kind of text for each split.
 
     Documents go to a split by a hash of their source (so a source file is in the same split for
-    every kind computed from it), and a block of text that was seen before, in whatever split, is
-    left out: no block stands in two splits.
+    every kind computed from it), and a block of text whose words were seen before, in whatever
+    split, is left out: no block stands in two splits.
 
     Raises:
         CorpusError: the installation does not carry this kind of text.
@@ -96,9 +96,10 @@ def _new_text(blocks: list[str], seen: set[str]) -> str:
     kept: list[str] = []
     length = 0
     for block in blocks:
-        if block.strip() and block not in seen and length < _LONGEST_DOCUMENT:
+        words = " ".join(block.split())
+        if words and words not in seen and length < _LONGEST_DOCUMENT:
             kept.append(block)
-            seen.add(block)
+            seen.add(words)
             length += len(block)
     return "\n".join(kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,8 +147,7 @@ def train_specialist(
     advance: Advance = no_progress,
 ) -> LlamaForCausalLM:
     """Fine-tune a copy of the base on one kind of text."""
-    model = LlamaForCausalLM(base.config)
-    model.load_state_dict(base.state_dict())
+    model = copy.deepcopy(base)
     steps = settings.specialist_steps
     data = batches((kind,), settings, steps, seed + 1 + settings.kinds.index(kind))
     train(model, data, steps, settings.specialist_rate, lambda: advance(kind, 1))
