@@ -30,7 +30,7 @@ class Record(BaseModel):
         name: of the weight.
         rule: that merged it.
         shape: of the weight.
-        models: the tuned models, in the order of every list below.
+        models: the tuned models, sorted; the order of every list below.
         seconds: to merge it, reading and writing left out.
         peak_rss: the process's memory high-water mark after this weight, in bytes.
         peak_device: the most memory allocated on the accelerator until then, in bytes.
@@ -110,21 +110,23 @@ class Recorder:
             name: of the weight.
             rule: that merged it.
             shape: of the weight.
-            models: one label for each tuned model.
+            models: one label for each tuned model, in the order of the reports; this differs
+                from weight to weight, and records sort it.
             seconds: to merge it, reading and writing left out.
             device: where it was merged.
             reports: the engine's, one for each matrix of an expert stack; none for rules without
                 a solve and for matrices that came from the store.
         """
+        order = sorted(range(len(models)), key=models.__getitem__)
         record = Record(
             name=name,
             rule=rule,
             shape=list(shape),
-            models=list(models),
+            models=[models[task] for task in order],
             seconds=seconds,
             peak_rss=peak_rss(),
             peak_device=peak_device(device),
-            **summary(reports),
+            **summary(reports, order),
         )
         with self._lock:
             self._stream.write(record.model_dump_json(exclude_defaults=True) + "\n")

@@ -12,18 +12,23 @@ import torch
 from mergekit_stf.core.superpose import Report
 
 
-def summary(reports: Sequence[Report]) -> dict[str, Any]:
+def summary(reports: Sequence[Report], order: Sequence[int]) -> dict[str, Any]:
     """Return the record's fields for one matrix, or for the matrices of an expert stack.
 
     Lengths and interference are those of the whole stack; the solve is described by the matrix
     that needs attention most, the one with the largest condition.
+
+    Args:
+        reports: one for each matrix.
+        order: the order of the tasks in the record, as indices into the reports' lists.
     """
     if not reports:
         return {}
     worst = max(reports, key=lambda report: report.condition)
+    kept = [sum(ranks) for ranks in zip(*(report.ranks for report in reports), strict=True)]
     return {
-        "routes": list(worst.routes),
-        "kept": [sum(kept) for kept in zip(*(report.ranks for report in reports), strict=True)],
+        "routes": [worst.routes[task] for task in order],
+        "kept": [kept[task] for task in order],
         "iterations": max(report.iterations for report in reports),
         "residual": max(report.residual for report in reports),
         "converged": all(report.converged for report in reports),
@@ -32,13 +37,13 @@ def summary(reports: Sequence[Report]) -> dict[str, Any]:
         "ridge": max(report.ridge for report in reports),
         "cutoff": max(report.cutoff for report in reports),
         "alpha_ratio": list(worst.alpha_ratio),
-        "spectra": [list(spectrum) for spectrum in worst.spectra],
-        **_lengths(reports),
+        "spectra": [list(worst.spectra[task]) for task in order],
+        **_lengths(reports, order),
     }
 
 
-def _lengths(reports: Sequence[Report]) -> dict[str, Any]:
-    gram = torch.stack([_gram(report) for report in reports]).sum(dim=0)
+def _lengths(reports: Sequence[Report], order: Sequence[int]) -> dict[str, Any]:
+    gram = torch.stack([_gram(report) for report in reports]).sum(dim=0)[order][:, order]
     norms = gram.diagonal().sqrt()
     scale = torch.where(norms > 0, norms, 1.0)
     return {

@@ -27,13 +27,18 @@ def report(seed: int = 0) -> Report:
     return superpose(matrices(seed)).report
 
 
-def record_one(path: Path, reports: list[Report], rule: str = "superpose") -> diagnostics.Record:
+def record_one(
+    path: Path,
+    reports: list[Report],
+    rule: str = "superpose",
+    models: tuple[str, ...] = ("a", "b", "c"),
+) -> diagnostics.Record:
     with diagnostics.recording(path) as recorder:
         recorder.record(
             name="layer.0.weight",
             rule=rule,
             shape=(24, 16),
-            models=["a", "b", "c"],
+            models=models,
             seconds=0.5,
             device=CPU,
             reports=reports,
@@ -55,6 +60,18 @@ def test_lengths_and_interference_match_a_float64_computation(tmp_path: Path) ->
     close(record.norms, length)
     assert record.norm_sum == pytest.approx(flat.sum(0).norm().item(), rel=1e-5)
     assert record.norm_merged == pytest.approx(superpose(matrices()).M.norm().item(), rel=1e-5)
+
+
+def test_records_have_one_order_of_models_whatever_the_method_merges_in(tmp_path: Path) -> None:
+    first = record_one(tmp_path / "first.jsonl", [report()])
+    turned = superpose([matrices()[k] for k in (2, 0, 1)]).report
+    other = record_one(tmp_path / "other.jsonl", [turned], models=("c", "a", "b"))
+    assert other.models == first.models
+    assert other.norms == pytest.approx(first.norms, rel=1e-5)
+    for row, expected in zip(other.cosine, first.cosine, strict=True):
+        assert row == pytest.approx(expected, abs=1e-6)
+    for row, expected in zip(other.spectra, first.spectra, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_stack_counts_as_one_matrix(tmp_path: Path) -> None:
