@@ -1,0 +1,167 @@
+"""Task matrices that are known by their factors, merged without ever forming them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_stf.core.decompose import decompose
+from mergekit_stf.core.features import Features, kept_rank
+from mergekit_stf.core.precision import full_precision
+from mergekit_stf.core.solve import solve
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix ``left @ right``.
+
+    Attributes:
+        left: (m, r).
+        right: (r, n).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the product."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``left``, an upper bound of the rank of the product."""
+        return self.left.shape[1]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the product."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
+
+    @property
+    def transposed(self) -> LowRank:
+        """The transposed product, still in factors."""
+        return LowRank(self.right.T, self.left.T)
+
+    def scaled(self, factor: float) -> LowRank:
+        """Return ``factor`` times the product."""
+        return LowRank(self.left * factor, self.right)
+
+    def dense(self) -> Tensor:
+        """Form the product, (m, n), in the type of the factors."""
+        return self.left @ self.right
+
+    def add_to(self, base: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``base + left @ right``, (m, n), formed in float32 or better and rounded once.
+
+        Args:
+            base: (m, n), of any floating-point type; a float64 one is added to in float64.
+            dtype: the type of the result.
+        """
+        compute = torch.promote_types(base.dtype, torch.float32)
+        total = torch.addmm(base.to(compute), self.left.to(compute), self.right.to(compute))
+        return total.to(dtype)
+
+
+def sum_of(matrices: Sequence[LowRank]) -> LowRank:
+    """Return the sum of the products; its factors are theirs side by side, its rank their sum."""
+    return LowRank(
+        torch.cat([matrix.left for matrix in matrices], dim=1),
+        torch.cat([matrix.right for matrix in matrices], dim=0),
+    )
+
+
+def factored_svd(matrix: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD of ``left @ right`` from its factors, in float64.
+
+    With ``left = Q R`` and ``rightᵀ = P S`` the core ``R Sᵀ`` is r×r, and its SVD ``X s Yᵀ`` gives
+    ``U = Q X`` and ``Vh = Yᵀ Pᵀ``: O((m + n) r²) operations instead of O(m n min(m, n)).
+
+    Returns:
+        U (m, k), s (k,) in descending order, Vh (k, n), with k = min(m, n, r).
+    """
+    Q, R = torch.linalg.qr(matrix.left.double())
+    P, S = torch.linalg.qr(matrix.right.double().T)
+    X, s, Yh = torch.linalg.svd(R @ S.T, full_matrices=False)
+    return Q @ X, s, Yh @ P.T
+
+
+def factored_features(matrix: LowRank, rank: float = 1.0) -> Features:
+    """Return the task-specific features of a task matrix that is known by its factors.
+
+    Args:
+        matrix: the task matrix.
+        rank: leading features kept, as `mergekit_stf.core.features.kept_rank` counts them.
+
+    Returns:
+        The features in float64, without those that are numerically zero.
+    """
+    U, s, Vh = factored_svd(matrix)
+    return Features(U, s, Vh, "factored").leading(kept_rank(matrix.shape, rank))
+
+
+def superpose_factors(
+    matrices: Sequence[LowRank | Tensor],
+    *,
+    rank: float = 1.0,
+    ridge: float | None = None,
+    source_dtype: torch.dtype = torch.float32,
+    name: str = "",
+) -> LowRank:
+    """Merge task matrices as `mergekit_stf.core.superpose.superpose` does, and keep the factors.
+
+    ``M = Σ_k α_k u_k v_kᵀ`` (the paper's equation 2) comes as ``U diag(α)`` and ``Vᵀ``, of rank
+    ``Σ_i r_i``.
+
+    Args:
+        matrices: at least one, each (m, n), known by its factors or as a whole.
+        rank: leading features of each task to keep.
+        ridge: regularisation of the solve; ``None`` decides by itself.
+        source_dtype: type of the checkpoints, for the decomposition of whole matrices.
+        name: of the weight, for warnings and errors.
+    """
+    with full_precision(), torch.no_grad():
+        found = [_features(matrix, rank, source_dtype, name) for matrix in matrices]
+        features = [f for f in _of_one_type(found) if f.rank]
+        if not features:
+            return LowRank(found[0].U[:, :0], found[0].Vh[:0])
+        solution = solve(features, ridge)
+        if not solution.converged:
+            warnings.warn(
+                f"{name}: the solve stopped at a relative residual of {solution.residual:.1e}; "
+                "set `ridge: 0.01` for this weight",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        parts = zip(features, solution.alpha, strict=True)
+        return sum_of([LowRank(f.U * alpha, f.Vh) for f, alpha in parts])
+
+
+def _features(
+    matrix: LowRank | Tensor, rank: float, source_dtype: torch.dtype, name: str
+) -> Features:
+    if isinstance(matrix, LowRank):
+        return factored_features(matrix, rank)
+    return decompose(matrix, rank, source_dtype=source_dtype, name=name)
+
+
+def _of_one_type(features: list[Features]) -> list[Features]:
+    """Bring float64 features of factors to the type of the features of whole matrices."""
+    dtype = min((f.s.dtype for f in features), key=lambda dtype: dtype.itemsize)
+    return [Features(f.U.to(dtype), f.s.to(dtype), f.Vh.to(dtype), f.route) for f in features]
+
+
+def truncated(matrix: LowRank, rank: int) -> tuple[LowRank, float]:
+    """Return the best approximation of at most this rank, and its error.
+
+    Returns:
+        the approximation (Eckart-Young), and the Frobenius norm of what was dropped.
+    """
+    U, s, Vh = factored_svd(matrix)
+    dropped = float(torch.linalg.vector_norm(s[rank:]))
+    return LowRank(U[:, :rank] * s[:rank], Vh[:rank]), dropped

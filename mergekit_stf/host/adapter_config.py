@@ -1,0 +1,147 @@
+"""``adapter_config.json`` of PEFT: what it says about a LoRA adapter, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mergekit_stf.core.errors import STFError
+
+FULL_ROUTE = "merge it as a full model instead: mergekit-yaml CONFIG OUT --lora-merge-cache DIR"
+CONVERT = (
+    "its training changed the base weights; save it again with PEFT's "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
+
+REFUSED = {
+    "use_dora": f"DoRA is not a low-rank update; {FULL_ROUTE}",
+    "use_qalora": f"QALoRA pools its inputs; {FULL_ROUTE}",
+    "use_bdlora": f"block-diagonal factors are not read; {FULL_ROUTE}",
+    "kasa_config": f"KaSA changes the base weights; {FULL_ROUTE}",
+    "monteclora_config": f"its factors are sampled; {FULL_ROUTE}",
+    "lora_bias": f"a bias inside the factors is not read; {FULL_ROUTE}",
+    "arrow_config": "its routing depends on the input, so no merged weights exist",
+    "alora_invocation_tokens": "it acts on some tokens only, so no merged weights exist",
+    "layer_replication": "it repeats layers of the base; repeat them in the base first",
+    "target_parameters": f"factors of bare parameters (experts) are not read; {FULL_ROUTE}",
+    "trainable_token_indices": f"trained token rows are not read; {FULL_ROUTE}",
+    "megatron_config": "Megatron's parallel layers are not read; save it with plain PEFT layers",
+}
+
+HARMLESS = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "parent_library",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+    ]
+)
+
+PLAIN_STARTS = frozenset({True, False, "gaussian", "eva", "orthogonal"})
+
+
+class AdapterConfig(BaseModel):
+    """The settings that decide the value of a LoRA update.
+
+    Attributes:
+        peft_type: must be ``LORA``.
+        r: the rank of every module that ``rank_pattern`` does not name.
+        lora_alpha: the numerator of the scale, unless ``alpha_pattern`` names the module.
+        use_rslora: divide by the square root of the rank instead of the rank.
+        rank_pattern: regular expressions of module names, and their ranks.
+        alpha_pattern: regular expressions of module names, and their numerators.
+        init_lora_weights: how training began; some ways change the base weights.
+        task_type: what PEFT wraps the model for.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    peft_type: str
+    r: int = Field(default=8, gt=0)
+    lora_alpha: float = Field(default=8, allow_inf_nan=False)
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    init_lora_weights: bool | str | None = True
+    task_type: str | None = None
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives to a module."""
+        key = _pattern_for(module, self.rank_pattern)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def scale(self, module: str) -> float:
+        """Return the factor of ``B A`` in a module: ``alpha / r``, rsLoRA ``alpha / sqrt(r)``."""
+        key = _pattern_for(module, self.alpha_pattern)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        rank = self.rank(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Read and check ``adapter_config.json``.
+
+    Raises:
+        STFError: not a plain LoRA adapter; the message names the setting and what to do.
+    """
+    try:
+        config = AdapterConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise STFError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise STFError(f"{path}: {where}: {first['msg']}") from error
+    problem = _problem(config)
+    if problem:
+        raise STFError(f"{path}: {problem}")
+    return config
+
+
+def _problem(config: AdapterConfig) -> str | None:
+    if config.peft_type != "LORA":
+        return f"peft_type {config.peft_type!r}, only LORA adapters are merged; {FULL_ROUTE}"
+    if config.init_lora_weights not in PLAIN_STARTS | {None}:
+        return f"init_lora_weights {config.init_lora_weights!r}: {CONVERT}"
+    for key, value in (config.model_extra or {}).items():
+        if key in HARMLESS or not value:
+            continue
+        reason = REFUSED.get(key, f"a setting that is not known here; {FULL_ROUTE}")
+        return f"{key}: {value!r}: {reason}"
+    return _pattern_problem({**config.rank_pattern, **config.alpha_pattern})
+
+
+def _pattern_problem(patterns: dict[str, Any]) -> str | None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"pattern {pattern!r}: not a regular expression: {error}"
+    return None
+
+
+def _pattern_for(module: str, patterns: Iterable[str]) -> str | None:
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)

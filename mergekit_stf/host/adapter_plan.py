@@ -1,0 +1,163 @@
+"""Which weight of the base each adapter changes, and how, planned by the host's own planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from mergekit.common import ModelReference, get_auto_cls
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import Tensor
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.lowrank import LowRank
+from mergekit_stf.host.adapter_recipe import FULL_ROUTE, adapter_paths, base_of, on_base
+from mergekit_stf.host.adapters import Adapter, Update, read_adapter
+from mergekit_stf.host.planned import PlannedWeight, plan_weights
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one adapter does to one weight; where both are set, the differences add up.
+
+    Attributes:
+        factors: a low-rank update in the orientation of the stored weight.
+        replaced: a tensor that takes the weight's place.
+    """
+
+    factors: LowRank | None
+    replaced: Tensor | None
+
+
+@dataclass(frozen=True)
+class TouchedWeight:
+    """A weight that at least one adapter changes.
+
+    Attributes:
+        planned: its rule and parameters.
+        transposed: PEFT's ``B A`` is the transposed weight (Conv1D of GPT-2, embeddings).
+        embedding: PEFT stores its factors as ``lora_embedding_A`` and ``lora_embedding_B``.
+        changes: one for each adapter in the order of the recipe, None where it has none.
+    """
+
+    planned: PlannedWeight
+    transposed: bool
+    embedding: bool
+    changes: tuple[Change | None, ...]
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """A merge of adapters, before any weight of the base has been read.
+
+    Attributes:
+        base: the base model, at its local path.
+        adapters: the adapters in the order of the recipe.
+        planned: every weight that the host would merge, by its name in the base checkpoint.
+        touched: those that an adapter changes.
+    """
+
+    base: ModelReference
+    adapters: tuple[Adapter, ...]
+    planned: dict[str, PlannedWeight]
+    touched: dict[str, TouchedWeight]
+
+
+def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterPlan:
+    """Read the adapters of a recipe and match them with the weights of its base.
+
+    Raises:
+        STFError: the recipe is not one of adapters of one base, an adapter cannot be read, or it
+            changes a weight that the base has not.
+    """
+    cache = options.transformers_cache
+    adapters = tuple(read_adapter(path, cache) for path in adapter_paths(config))
+    local = on_base(config, base_of(config).local_path(cache_dir=cache))
+    base = base_of(local)
+    planned = dict(_stored(plan_weights(local, options)))
+    names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
+    for adapter in adapters:
+        _check_names(adapter, names)
+    touched: dict[str, TouchedWeight] = {}
+    conv1d = lru_cache(lambda: _conv1d_modules(base, options.trust_remote_code))
+    for stored in dict.fromkeys(names[name] for adapter in adapters for name in adapter.weights):
+        touched[stored] = _touched(planned[stored], adapters, conv1d)
+    return AdapterPlan(base, adapters, planned, touched)
+
+
+def _stored(planned: list[PlannedWeight]) -> Iterator[tuple[str, PlannedWeight]]:
+    for weight in planned:
+        load = weight.loads[weight.base]
+        stored = load._resolve_name(LoaderCache().get(weight.base))
+        if stored is not None:
+            yield stored, weight
+
+
+def _names(weight: PlannedWeight) -> tuple[str, ...]:
+    return (weight.name, *(weight.loads[weight.base].aliases or ()))
+
+
+def _check_names(adapter: Adapter, names: dict[str, str]) -> None:
+    unknown = sorted(adapter.weights - set(names))
+    if unknown:
+        raise STFError(
+            f"{adapter.source} changes {', '.join(unknown[:3])}"
+            f"{' and others' if len(unknown) > 3 else ''}: the base's checkpoint has no weight of "
+            f"that name (another base, tied weights, or a head of its own); {FULL_ROUTE}"
+        )
+
+
+def _touched(
+    weight: PlannedWeight, adapters: tuple[Adapter, ...], conv1d: Callable[[], frozenset[str]]
+) -> TouchedWeight:
+    pairs = [(a, next((n for n in _names(weight) if n in a.weights), None)) for a in adapters]
+    updates = [a.updates.get(name) for a, name in pairs if name is not None]
+    embedding = any(update is not None and update.embedding for update in updates)
+    transposed = any(u is not None and _transposed(u, weight, conv1d) for u in updates)
+    changes = tuple(
+        None if name is None else _change(adapter, name, weight, transposed)
+        for adapter, name in pairs
+    )
+    return TouchedWeight(weight, transposed, embedding, changes)
+
+
+def _change(adapter: Adapter, name: str, weight: PlannedWeight, transposed: bool) -> Change:
+    shape = weight.header.shape
+    update, replaced = adapter.updates.get(name), adapter.replaced.get(name)
+    factors = None
+    if update is not None:
+        factors = update.factors.transposed if transposed else update.factors
+    for found in (factors, replaced):
+        if found is not None and tuple(found.shape) != shape:
+            raise STFError(
+                f"{adapter.source}: {name} is {tuple(found.shape)}, the base's is {shape}; "
+                "the adapter belongs to another base, or its vocabulary was resized"
+            )
+    return Change(factors, replaced)
+
+
+def _transposed(
+    update: Update, weight: PlannedWeight, conv1d: Callable[[], frozenset[str]]
+) -> bool:
+    if update.embedding:
+        return True
+    rows, columns = update.factors.shape
+    if rows != columns:
+        return weight.header.shape == (columns, rows)
+    return weight.name.rpartition(".")[0] in conv1d()
+
+
+def _conv1d_modules(base: ModelReference, trust_remote_code: bool) -> frozenset[str]:
+    """Name the modules that store their weight as (in, out), which a square one does not show."""
+    config = base.config(trust_remote_code)
+    with torch.device("meta"), no_init_weights():
+        model = get_auto_cls(config.architectures[0]).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    return frozenset(name for name, m in model.named_modules() if isinstance(m, Conv1D))

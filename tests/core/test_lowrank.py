@@ -1,0 +1,125 @@
+"""Features, merge and truncation in factors, against the dense float64 computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_stf.core.lowrank import (
+    LowRank,
+    factored_features,
+    factored_svd,
+    sum_of,
+    superpose_factors,
+    truncated,
+)
+from tests.oracle import superpose
+
+
+def matrix(seed: int, m: int = 40, n: int = 28, r: int = 4, size: float = 1.0) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(m, r, generator=generator, dtype=torch.float64) * size
+    return LowRank(left, torch.randn(r, n, generator=generator, dtype=torch.float64))
+
+
+def algorithm_1(matrices: list[Tensor], rank: int | None = None) -> Tensor:
+    return torch.from_numpy(superpose([M.double().numpy() for M in matrices], rank))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(found.double() - expected) / torch.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(40, 28, 4), (28, 40, 4), (12, 9, 20), (9, 12, 20)])
+def test_svd_of_factors_is_the_svd_of_their_product(m: int, n: int, r: int) -> None:
+    low = matrix(0, m, n, r)
+    U, s, Vh = factored_svd(low)
+    expected = torch.linalg.svdvals(low.dense())
+    assert torch.allclose(s, expected[: s.numel()], rtol=0, atol=1e-12 * float(expected[0]))
+    assert difference(U * s @ Vh, low.dense()) < 1e-13
+    identity = torch.eye(s.numel(), dtype=torch.float64)
+    assert torch.allclose(U.T @ U, identity, atol=1e-12)
+    assert torch.allclose(Vh @ Vh.T, identity, atol=1e-12)
+
+
+def test_features_without_the_numerically_zero_ones() -> None:
+    low = matrix(1)
+    doubled = sum_of([low, low.scaled(2.0)])
+    features = factored_features(doubled)
+    assert doubled.rank == 8
+    assert features.rank == 4
+    assert difference(features.U * features.s @ features.Vh, 3 * low.dense()) < 1e-13
+
+
+def test_zero_factors_have_no_features() -> None:
+    zero = LowRank(torch.zeros(5, 2), torch.randn(2, 4))
+    assert factored_features(zero).rank == 0
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 6])
+def test_superposition_in_factors_is_algorithm_1(tasks: int) -> None:
+    matrices = [matrix(seed, size=1 + seed) for seed in range(tasks)]
+    merged = superpose_factors(matrices)
+    assert merged.rank == 4 * tasks
+    assert difference(merged.dense(), algorithm_1([low.dense() for low in matrices])) < 1e-6
+
+
+def test_every_constraint_is_met() -> None:
+    matrices = [matrix(seed) for seed in range(3)]
+    M = superpose_factors(matrices).dense()
+    for low in matrices:
+        U, s, Vh = factored_svd(low)
+        assert torch.allclose(((U.T @ M) * Vh).sum(1)[:4], s[:4], rtol=1e-6)
+
+
+def test_whole_and_factored_matrices_mix() -> None:
+    factored, whole = matrix(1), torch.randn(40, 28, generator=torch.Generator().manual_seed(2))
+    merged = superpose_factors([factored, whole])
+    assert difference(merged.dense(), algorithm_1([factored.dense(), whole])) < 1e-5
+
+
+def test_rank_keeps_leading_features() -> None:
+    matrices = [matrix(seed, r=8) for seed in range(2)]
+    merged = superpose_factors(matrices, rank=3)
+    assert merged.rank == 6
+    assert difference(merged.dense(), algorithm_1([low.dense() for low in matrices], 3)) < 1e-6
+
+
+def test_ridge_is_added_to_the_diagonal() -> None:
+    low = matrix(3)
+    assert difference(superpose_factors([low], ridge=0.25).dense(), low.dense() / 1.25) < 1e-6
+
+
+def test_only_zero_matrices_merge_to_zero() -> None:
+    zero = LowRank(torch.zeros(5, 2), torch.randn(2, 4))
+    merged = superpose_factors([zero, zero])
+    assert merged.rank == 0
+    assert torch.equal(merged.dense(), torch.zeros(5, 4, dtype=torch.float64))
+
+
+def test_truncation_is_the_best_one_and_states_its_error() -> None:
+    low = sum_of([matrix(seed) for seed in range(3)])
+    short, dropped = truncated(low, 5)
+    s = torch.linalg.svdvals(low.dense())
+    assert short.rank == 5
+    assert dropped == pytest.approx(float(torch.linalg.norm(s[5:])))
+    assert float(torch.linalg.norm(low.dense() - short.dense())) == pytest.approx(dropped)
+
+
+def test_norm_and_transposition_do_not_need_the_product() -> None:
+    low = matrix(4)
+    assert low.norm == pytest.approx(float(torch.linalg.norm(low.dense())))
+    assert torch.equal(low.transposed.dense(), low.dense().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_sum_with_the_base_is_rounded_once(dtype: torch.dtype) -> None:
+    low = matrix(5)
+    base = torch.randn(40, 28, generator=torch.Generator().manual_seed(6)).to(dtype)
+    exact = base.double() + low.dense()
+    total = low.add_to(base, dtype)
+    assert total.dtype == dtype
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=1.0)
+    single = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 32
+    assert bool(((total.double() - exact).abs() <= spacing / 2 + single).all())

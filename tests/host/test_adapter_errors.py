@@ -1,0 +1,163 @@
+"""What cannot be merged in factors is refused, by name and with a way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.common import ModelPath
+from safetensors.torch import load_file, save_file
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.adapters import read_adapter
+from tests.host import peft_adapters as made
+from tests.host.models import llama, save_model
+from tests.host.test_adapters import merged
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(llama(), tmp_path_factory.mktemp("llama"), tasks=0).base
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return made.save_adapter(base, tmp_path / "adapter", 1, target_modules=["q_proj"])
+
+
+def configure(adapter: Path, **settings: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def refusal(adapter: Path) -> str:
+    with pytest.raises(STFError) as caught:
+        read_adapter(ModelPath(path=str(adapter)))
+    message = str(caught.value)
+    assert str(adapter) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"peft_type": "LOHA"}, "'LOHA'"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"use_something_new": True}, "use_something_new"),
+        ({"r": -1}, "r: "),
+        ({"r": "many"}, "r: "),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"rank_pattern": {"(": 3}}, "regular expression"),
+        ({"r": 5}, "says rank 5"),
+    ],
+)
+def test_settings(adapter: Path, settings: dict[str, Any], words: str) -> None:
+    configure(adapter, **settings)
+    assert words in refusal(adapter)
+
+
+def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    tensors[new] = tensors.pop(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t[Q + "A.weight"].fill_(float("nan")), "not finite"),
+        (lambda t: t.pop(Q + "A.weight"), "needs ['A', 'B']"),
+        (lambda t: rename(t, Q + "A.weight", "some.name"), "not a name of PEFT"),
+        (lambda t: rename(t, Q + "A.weight", Q + "magnitude_vector"), "magnitude_vector"),
+        (lambda t: t.update({Q + "A.weight": torch.ones(3, 16, 1, 1)}), "only linear layers"),
+    ],
+)
+def test_tensors(
+    adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any], words: str
+) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    assert words in refusal(adapter)
+
+
+def test_files(adapter: Path, tmp_path: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    assert "not a safetensors file" in refusal(adapter)
+    weights.rename(adapter / "adapter_model.bin")
+    assert "save the adapter again as safetensors" in refusal(adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    assert "adapter_config.json" in refusal(adapter)
+    (adapter / "adapter_config.json").unlink()
+    assert "is no adapter" in refusal(adapter)
+
+
+def problem(content: dict[str, Any], out: Path, **options: Any) -> str:
+    with pytest.raises(STFError) as caught:
+        merged(content, out, **options)
+    assert not out.exists() or not (out / "config.json").exists()
+    assert not out.with_name("out.stf-work").exists()
+    return str(caught.value)
+
+
+def test_recipes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out, one = tmp_path / "out", f"{base}+{adapter}"
+    full = made.save_full(base, adapter, tmp_path / "full")
+    assert "is a full model" in problem(made.recipe(base, [one, str(full)]), out)
+    assert "same one" in problem(made.recipe(full, [one]), out)
+    assert "without an adapter" in problem(
+        made.recipe(base, [f"{base}+{full}"]) | {"base_model": one}, out
+    )
+    assert "tokenizer" in problem(made.recipe(base, [one], tokenizer_source="union"), out)
+    ties = made.recipe(base, [one]) | {"merge_method": "task_arithmetic"}
+    ties["models"][0]["parameters"] = {"weight": 1.0}
+    assert "'task_arithmetic'" in problem(ties, out)
+    slices = made.recipe(base, []) | {
+        "slices": [{"sources": [{"model": m, "layer_range": [0, 2]} for m in (str(base), one)]}]
+    }
+    del slices["models"]
+    assert "slices" in problem(slices, out)
+
+
+def test_weights_that_the_base_has_not(base: Path, adapter: Path, tmp_path: Path) -> None:
+    deeper = save_model(llama(num_hidden_layers=3), tmp_path / "deeper", tasks=0).base
+    other = made.save_adapter(deeper, tmp_path / "other", 1, target_modules=["q_proj"])
+    message = problem(made.recipe(base, [f"{base}+{other}"]), tmp_path / "out")
+    assert "model.layers.2.self_attn.q_proj.weight" in message
+    wider = save_model(llama(hidden_size=32), tmp_path / "wider", tasks=0).base
+    other = made.save_adapter(wider, tmp_path / "another", 1, target_modules=["q_proj"])
+    assert "(32, 32)" in problem(made.recipe(base, [f"{base}+{other}"]), tmp_path / "out")
+
+
+def test_updates_that_no_adapter_holds(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trimmed = made.recipe(base, [f"{base}+{adapter}"], parameters={"density": 0.5})
+    assert "density below 1" in problem(trimmed, out, adapter=True)
+    assert merged(trimmed, out, adapter=True, max_rank=8).modules[0].dropped > 0
+    norms = made.save_adapter(
+        base, tmp_path / "n", 1, target_modules=["q_proj"], modules_to_save=["input_layernorm"]
+    )
+    message = problem(made.recipe(base, [f"{base}+{norms}"]), tmp_path / "out2", adapter=True)
+    assert "input_layernorm" in message
+
+
+def test_output_is_never_overwritten(base: Path, adapter: Path) -> None:
+    before = sorted(path.name for path in base.iterdir())
+    with pytest.raises(STFError, match="there already"):
+        merged(made.recipe(base, [f"{base}+{adapter}"]), base)
+    assert sorted(path.name for path in base.iterdir()) == before

@@ -1,0 +1,266 @@
+"""Merges of adapters from their factors, against PEFT, the host's full route and float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_stf.host.adapter_file import total_error
+from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
+from mergekit_stf.host.recipe import check_recipe
+from tests import oracle
+from tests.host import peft_adapters as made
+from tests.host.models import gpt2, llama, save_model
+
+OPTIONS = MergeOptions(quiet=True, write_model_card=False)
+IDS = torch.arange(10).unsqueeze(0)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(llama(), tmp_path_factory.mktemp("llama"), tasks=0).base
+
+
+@pytest.fixture(scope="module")
+def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(gpt2(), tmp_path_factory.mktemp("gpt2"), tasks=0).base
+
+
+@pytest.fixture(scope="module")
+def llama_adapters(llama_base: Path) -> list[Path]:
+    root = llama_base.parent
+    return [
+        made.save_adapter(llama_base, root / "a1", 1, target_modules=made.LLAMA_LINEAR),
+        made.save_adapter(
+            llama_base, root / "a2", 2, r=4, lora_alpha=6, use_rslora=True,
+            target_modules=["q_proj", "down_proj"], alpha_pattern={"down_proj": 3},
+            rank_pattern={r"layers\.1\.self_attn\.q_proj": 2},
+        ),
+        made.save_adapter(llama_base, root / "a3", 3, r=2, target_modules=["o_proj", "q_proj"]),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gpt2_adapters(gpt2_base: Path) -> list[Path]:
+    root = gpt2_base.parent
+    return [
+        made.save_adapter(
+            gpt2_base, root / f"a{seed}", seed, target_modules=made.GPT2_LINEAR, fan_in_fan_out=True
+        )
+        for seed in (1, 2)
+    ]
+
+
+def merged(content: dict[str, Any], out: Path, **options: Any) -> AdapterMerge:
+    recipe = check_recipe(made.yaml.safe_dump(content, sort_keys=False))
+    if options.pop("adapter", False):
+        return merge_to_adapter(recipe, out, OPTIONS, **options)
+    return merge_to_model(recipe, out, OPTIONS)
+
+
+def full_route(base: Path, adapters: list[Path], out: Path, **rest: Any) -> dict[str, Tensor]:
+    """Merge full copies, made by PEFT in float32, through the host."""
+    copies = [
+        made.save_full(base, adapter, out.parent / f"full{number}")
+        for number, adapter in enumerate(adapters)
+    ]
+    entries = rest.pop("models", [{} for _ in copies])
+    models = [{"model": str(c)} | entry for c, entry in zip(copies, entries, strict=True)]
+    content = made.recipe(base, []) | {"models": models} | rest
+    run_merge(MergeConfiguration.model_validate(content), str(out), OPTIONS)
+    return made.tensors(out)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        error = torch.linalg.vector_norm(found[name].double() - tensor.double())
+        assert error <= tolerance * torch.linalg.vector_norm(tensor.double()), name
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(IDS).logits
+    return result
+
+
+def test_llama_equals_the_full_route(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    rest = {"parameters": {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 0.9}]}}
+    entries = [
+        {"parameters": {"weight": 0.7}},
+        {"parameters": {"weight": [{"filter": "q_proj", "value": 1.5}, {"value": 1.0}]}},
+        {"parameters": {"weight": [0.2, 1.0]}},
+    ]
+    content = made.recipe(llama_base, made.on_base(llama_base, llama_adapters)) | rest
+    content["models"] = [a | b for a, b in zip(content["models"], entries, strict=True)]
+    merged(content, tmp_path / "native")
+    expected = full_route(llama_base, llama_adapters, tmp_path / "full", models=entries, **rest)
+    assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+
+
+def test_gpt2_equals_the_full_route(
+    gpt2_base: Path, gpt2_adapters: list[Path], tmp_path: Path
+) -> None:
+    """Conv1D stores (in, out); the square ``attn.c_proj`` does not show it by its shape."""
+    merged(made.recipe(gpt2_base, made.on_base(gpt2_base, gpt2_adapters)), tmp_path / "native")
+    expected = full_route(gpt2_base, gpt2_adapters, tmp_path / "full")
+    assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+
+
+def test_embeddings_biases_and_replaced_weights_equal_the_full_route(tmp_path: Path) -> None:
+    base = save_model(llama(attention_bias=True), tmp_path, tasks=0).base
+    adapters = [
+        made.save_adapter(
+            base, tmp_path / "a1", 1, target_modules=["embed_tokens", "q_proj"], bias="all",
+            modules_to_save=["lm_head", "input_layernorm"],
+        ),
+        made.save_adapter(base, tmp_path / "a2", 2, target_modules=["embed_tokens", "k_proj"]),
+        made.save_adapter(
+            base, tmp_path / "a3", 3, target_modules=["lm_head"], modules_to_save=["o_proj"]
+        ),
+    ]  # fmt: skip
+    merged(made.recipe(base, made.on_base(base, adapters)), tmp_path / "native")
+    expected = full_route(base, adapters, tmp_path / "full")
+    assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+
+
+def test_trimmed_updates_equal_the_oracle(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    densities, weights = [0.3, 1.0, 0.5], [1.0, 0.8, 1.2]
+    content = made.recipe(llama_base, [], parameters={"lambda": 0.6})
+    content["models"] = [
+        {"model": model, "parameters": {"density": density, "weight": weight}}
+        for model, density, weight in zip(
+            made.on_base(llama_base, llama_adapters), densities, weights, strict=True
+        )
+    ]
+    merged(content, tmp_path / "native")
+    base, found = made.tensors(llama_base), made.tensors(tmp_path / "native")
+    tuned = [
+        made.with_adapter(llama_base, adapter, torch.float64).merge_and_unload().state_dict()
+        for adapter in llama_adapters
+    ]
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        expected = oracle.merge_weight(
+            base[name].double().numpy(), [t[name].numpy() for t in tuned], "superpose",
+            weights, densities, 0.6,
+        )  # fmt: skip
+        assert_equal({name: found[name]}, {name: torch.from_numpy(expected)}, 1e-5)
+
+
+def test_rule_rank_and_ridge_of_the_recipe_are_used(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    rules = [
+        {"filter": "q_proj", "value": "sum"},
+        {"filter": "o_proj", "value": "mean"},
+        {"filter": "up_proj", "value": "base"},
+        {"value": "auto"},
+    ]
+    rest = {"parameters": {"rule": rules, "rank": 2, "ridge": 0.1}}
+    merged(
+        made.recipe(llama_base, made.on_base(llama_base, llama_adapters), **rest),
+        tmp_path / "native",
+    )
+    expected = full_route(llama_base, llama_adapters, tmp_path / "full", **rest)
+    assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_model_and_adapter_give_equal_logits(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base: Path = request.getfixturevalue(f"{family}_base")
+    adapters: list[Path] = request.getfixturevalue(f"{family}_adapters")
+    content = made.recipe(base, made.on_base(base, adapters))
+    merged(content, tmp_path / "model")
+    written = merged(content, tmp_path / "adapter", adapter=True)
+    of_model = logits(made.load(tmp_path / "model"))
+    of_adapter = logits(made.with_adapter(base, tmp_path / "adapter"))
+    assert torch.allclose(of_model, of_adapter, atol=1e-4)
+    assert not torch.allclose(of_model, logits(made.load(base)), atol=1e-2)
+    assert written.adapters == len(adapters)
+
+
+def test_rank_of_the_adapter_is_the_sum_of_the_ranks(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    content = made.recipe(llama_base, made.on_base(llama_base, llama_adapters))
+    written = merged(content, tmp_path / "adapter", adapter=True)
+    ranks = {module.name.removeprefix("model."): module.rank for module in written.modules}
+    assert ranks["layers.0.self_attn.q_proj"] == 3 + 4 + 2
+    assert ranks["layers.1.self_attn.q_proj"] == 3 + 2 + 2
+    assert ranks["layers.1.mlp.up_proj"] == 3
+    assert all(module.dropped == 0 for module in written.modules)
+
+
+def test_truncated_adapter_states_its_error(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    content = made.recipe(llama_base, made.on_base(llama_base, llama_adapters))
+    merged(content, tmp_path / "model")
+    written = merged(content, tmp_path / "adapter", adapter=True, max_rank=4)
+    base, whole = made.tensors(llama_base), made.tensors(tmp_path / "model")
+    short = made.with_adapter(llama_base, tmp_path / "adapter").merge_and_unload().state_dict()
+    for module in written.modules:
+        name = f"{module.name}.weight"
+        left = torch.linalg.norm(whole[name] - short[name])
+        update = torch.linalg.norm(whole[name] - base[name])
+        assert module.rank <= 4
+        assert module.error == pytest.approx(float(left / update), abs=1e-5)
+    assert total_error(written.modules) > 0.01
+
+
+def test_embedding_update_fits_into_an_adapter(llama_base: Path, tmp_path: Path) -> None:
+    adapters = [
+        made.save_adapter(llama_base, tmp_path / f"e{seed}", seed, target_modules=["embed_tokens"])
+        for seed in (1, 2)
+    ]
+    content = made.recipe(llama_base, made.on_base(llama_base, adapters))
+    merged(content, tmp_path / "model")
+    merged(content, tmp_path / "adapter", adapter=True)
+    of_adapter = logits(made.with_adapter(llama_base, tmp_path / "adapter"))
+    assert torch.allclose(logits(made.load(tmp_path / "model")), of_adapter, atol=1e-4)
+
+
+def test_half_precision_base_is_rounded_once(llama_base: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    made.load(llama_base).bfloat16().save_pretrained(half)
+    adapter = made.save_adapter(half, tmp_path / "a", 1, target_modules=["q_proj"])
+    content = made.recipe(half, [f"{half}+{adapter}"], parameters={"lambda": 1.0})
+    merged(content, tmp_path / "native")
+    found, base = made.tensors(tmp_path / "native"), made.tensors(half)
+    exact = made.with_adapter(half, adapter).merge_and_unload().state_dict()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16
+        if "q_proj" in name:
+            assert torch.equal(tensor, exact[name].bfloat16())
+        else:
+            assert torch.equal(tensor, base[name])
+
+
+def test_types_and_shards_of_the_output(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    content = made.recipe(llama_base, made.on_base(llama_base, llama_adapters), dtype="float16")
+    recipe = check_recipe(made.yaml.safe_dump(content))
+    options = OPTIONS.model_copy(update={"out_shard_size": 8000})
+    merge_to_model(recipe, tmp_path / "out", options)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    assert {t.dtype for t in made.tensors(tmp_path / "out").values()} == {torch.float16}
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["dtype"] == "float16"
+    made.load(tmp_path / "out")
