@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from mergekit import merge_methods
 from mergekit.common import ModelReference
+from mergekit.merge_methods.base import BasePolicy
 from pydantic import ValidationError
 
 from mergekit_stf.host.yaml_text import Problem, child, shown
@@ -127,13 +128,29 @@ def _group_problems(group: Group, method: Any) -> Iterator[Problem]:
     ids = list(dict.fromkeys(models))
     if base is not None and base not in ids and not group.sliced:
         ids.append(base)
+    where, reason = _refusal(method, ids, base)
+    if reason:
+        yield Problem(where or group.path, reason)
+
+
+def _refusal(method: Any, ids: list[Any], base: ModelReference | None) -> tuple[str, str]:
+    """Return where and why the method refuses a group; the weights are looked at later."""
+    found = {m.spec.name: m.spec for m in merge_methods.registered_methods()}.get(str(method))
+    if found is None:
+        return "", ""
+    needs_base = found.name == "stf" or found.contract.base == BasePolicy.REQUIRED
+    if needs_base and base is None:
+        return (
+            "base_model",
+            f"missing; {found.name} needs the model that the others were tuned from",
+        )
+    if found.name == "stf" and len(ids) < 2:
+        return "", "at least one model besides the base model is needed"
     try:
-        merge_methods.get(method).validate_inputs(ids, base)
-    except RuntimeError:
-        return
+        found.contract.validate_ids(ids, base)
     except ValueError as error:
-        hint = "; add base_model" if base is None else ""
-        yield Problem("base_model" if base is None else group.path, f"{error}{hint}")
+        return "", str(error)
+    return "", ""
 
 
 def _range_problems(group: Group) -> Iterator[Problem]:

@@ -10,15 +10,12 @@ from mergekit.config import ConditionalParameter
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope, ParameterSpec
 from pydantic import ValidationError
 
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.parameters import IGNORED
 from mergekit_stf.host.recipe_keys import PARAMETERS, did_you_mean, unknown_keys
 from mergekit_stf.host.recipe_models import groups, mappings, reference, sections
 from mergekit_stf.host.yaml_text import Problem, child, shown
 
-LEGACY = {
-    "normalize": "STF needs no normalisation",
-    "rescale": "STF does not rescale trimmed matrices",
-    "int8_mask": "STF takes no sign vote",
-}
 OTHER_NAMES = {"gamma": "lambda", "epsilon": "ridge", "eta": "density", "scale": "lambda"}
 
 
@@ -34,11 +31,11 @@ def parameter_problems(data: dict[Any, Any]) -> Iterator[Problem]:
             continue
         for name, value in settings.items():
             where = child(path, str(name))
-            if name in known:
+            if name not in known:
+                yield Problem(where, _unknown(spec, str(name), known))
+            elif not _is_legacy(spec, name):
                 yield from _placed(known[name], where, per_model)
                 yield from _value_problems(known[name], value, where)
-            elif not _is_legacy(spec, name):
-                yield Problem(where, _unknown(spec, str(name), known))
 
 
 def parameter_warnings(data: dict[Any, Any]) -> Iterator[Problem]:
@@ -54,7 +51,7 @@ def parameter_warnings(data: dict[Any, Any]) -> Iterator[Problem]:
         for name, value in settings.items():
             where = child(path, str(name))
             if _is_legacy(spec, name):
-                yield Problem(where, f"ignored: {LEGACY[name]}")
+                yield Problem(where, "ignored: stf has no use for it")
             yield from _unreachable(value, where)
     yield from _base_settings(data, spec)
 
@@ -76,7 +73,7 @@ def _spec(data: dict[Any, Any]) -> MergeMethodSpec | None:
 
 
 def _is_legacy(spec: MergeMethodSpec, name: Any) -> bool:
-    return spec.name == "stf" and isinstance(name, str) and name in LEGACY
+    return spec.name == "stf" and name in IGNORED
 
 
 def _unknown(spec: MergeMethodSpec, name: str, known: dict[str, ParameterSpec]) -> str:
@@ -152,8 +149,9 @@ def _scalar(parameter: ParameterSpec, value: Any, where: str) -> Iterator[Proble
     try:
         parameter.validate(value)
     except ValidationError as error:
-        reason = error.errors()[-1]["msg"].removeprefix("Value error, ")
-        yield Problem(where, f"{reason}; got {shown(value)}")
+        yield Problem(where, f"{error.errors()[-1]['msg']}; got {shown(value)}")
+    except STFError as error:
+        yield Problem(where, str(error).removeprefix(f"parameter `{parameter.name}`: "))
 
 
 def _unreachable(value: Any, where: str) -> Iterator[Problem]:

@@ -101,8 +101,7 @@ def _document(root: yaml.Node) -> Document:
                 f"more than {MAX_NODES} values (aliases included); no recipe is that long"
             )
         if path in lines:
-            message = f"given twice, first on line {lines[path]}; keep one of them"
-            repeated.append(Problem(path, message))
+            repeated.append(Problem(path, f"given again on line {line}; keep one of them"))
         lines.setdefault(path, line)
     return Document(None, lines, tuple(repeated))
 
