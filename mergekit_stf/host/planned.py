@@ -13,7 +13,7 @@ import torch
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge import _model_out_config
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
@@ -81,7 +81,9 @@ def plan_weights(config: MergeConfiguration, options: MergeOptions) -> list[Plan
         config, architecture, trust_remote_code=options.trust_remote_code
     )
     planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
-    return [_planned(item.tensor_task, item.dtype) for item in planner.plan_in_memory()]
+    # The host's plan_in_memory() does not validate; this plan writes nothing until it is executed.
+    tasks = planner.plan_to_disk(out_path="")
+    return [_planned(task.tensor_task, task.dtype) for task in tasks if isinstance(task, SaveTensor)]
 
 
 def _planned(task: ExecuteMergeMethodTask, out_dtype: str | None) -> PlannedWeight:

@@ -1,0 +1,83 @@
+"""A merge that is done: its recipe, its options, its records, its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.options import MergeOptions
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import diagnostics, lock
+from mergekit_stf.host.planned import PlannedWeight, plan_weights
+from mergekit_stf.host.recipe import check_recipe
+
+HOST_RECIPE = "mergekit_config.yml"
+
+
+class Finished:
+    """The folder of a finished merge.
+
+    Args:
+        folder: that ``mergekit-stf merge`` or ``mergekit-yaml`` wrote.
+
+    Raises:
+        STFError: the folder holds no merged model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self._loader = LazyTensorLoader.from_disk(str(folder))
+        except (OSError, RuntimeError) as error:
+            raise STFError(f"{folder} holds no merged model; give the folder of a merge") from error
+        locked = (folder / lock.FILE_NAME).exists()
+        self._lock = lock.read_lock(folder) if locked else None
+
+    @property
+    def name(self) -> str:
+        """The name of the merged model."""
+        return self.folder.resolve().name
+
+    @property
+    def text(self) -> str:
+        """The recipe, from the lock file or from the host's copy of it.
+
+        Raises:
+            STFError: there is neither.
+        """
+        if self._lock is not None:
+            return self._lock.recipe
+        path = self.folder / HOST_RECIPE
+        if not path.exists():
+            raise STFError(f"{self.folder} has neither {lock.FILE_NAME} nor {HOST_RECIPE}")
+        return path.read_text(encoding="utf-8")
+
+    def weights(self) -> list[PlannedWeight]:
+        """Plan the merge again.
+
+        Raises:
+            STFError: a model of the recipe cannot be found any more.
+        """
+        options = MergeOptions(**self._lock.options) if self._lock else MergeOptions()
+        return plan_weights(check_recipe(self.text, f"recipe of {self.folder}").config, options)
+
+    def records(self, path: Path | None = None) -> list[diagnostics.Record]:
+        """Return the records of the merge, from ``path`` if they were written elsewhere.
+
+        Raises:
+            STFError: there are none.
+        """
+        path = path or self.folder / diagnostics.FILE_NAME
+        if not path.exists():
+            raise STFError(
+                f"{path} is missing: merge with mergekit-stf merge, or set "
+                f"{diagnostics.VARIABLE}=FILE for mergekit-yaml and give --diagnostics FILE"
+            )
+        return diagnostics.read(path)
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """Return a weight as it was written, None where the output has no such weight."""
+        tensor: torch.Tensor | None = self._loader.get_tensor(name, raise_on_missing=False)
+        return tensor
