@@ -83,7 +83,9 @@ def plan_weights(config: MergeConfiguration, options: MergeOptions) -> list[Plan
     planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
     # The host's plan_in_memory() does not validate; this plan writes nothing until it is executed.
     tasks = planner.plan_to_disk(out_path="")
-    return [_planned(task.tensor_task, task.dtype) for task in tasks if isinstance(task, SaveTensor)]
+    return [
+        _planned(task.tensor_task, task.dtype) for task in tasks if isinstance(task, SaveTensor)
+    ]
 
 
 def _planned(task: ExecuteMergeMethodTask, out_dtype: str | None) -> PlannedWeight:
