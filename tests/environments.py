@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LIBRARIES = "zz_libraries.pth"
 STARTUP = ("_mergekit_stf_autoload.py", "mergekit_stf_autoload.pth", "mergekit_stf_autoload.start")
 
 
@@ -86,7 +87,11 @@ class Environment:
         """
         paths = sysconfig.get_paths()
         folders = dict.fromkeys((paths["purelib"], paths["platlib"]))
-        self.write("zz_libraries.pth", "\n".join(folders) + "\n")
+        self.write(LIBRARIES, "\n".join(folders) + "\n")
+
+    def unlink_libraries(self) -> None:
+        """Undo ``link_libraries``, so that pip sees this environment alone."""
+        (self.site / LIBRARIES).unlink()
 
     def write(self, name: str, text: str) -> None:
         """Write one file of a stand-in package into the environment."""

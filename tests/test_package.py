@@ -12,6 +12,7 @@ import pytest
 from mergekit_stf import __version__
 from mergekit_stf.host.autoload import REQUIREMENT, is_supported
 from tests.environments import ROOT, STARTUP, Environment, attempt, build_editable
+from tests.host.models import save_family
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -78,28 +79,28 @@ def test_an_install_arms_and_an_uninstall_leaves_nothing(
 
 
 def test_the_host_finds_the_method(installed: Environment) -> None:
-    assert "stf" in installed(METHODS).stdout.split()
     assert "stf" in installed(METHODS, "-I").stdout.split()
     assert "stf" not in installed(METHODS, MERGEKIT_STF_AUTOLOAD="0").stdout.split()
-
-
-RELOAD = "import importlib, mergekit.merge_methods as m; importlib.reload(m)"
 
 
 @pytest.mark.parametrize(
     ("switch", "code"),
     [
         ("0", "import mergekit_stf"),
-        ("0", f"import mergekit.merge_methods, mergekit_stf\n{RELOAD}"),
         ("0", "import mergekit_stf.host.method"),
-        ("1", "import mergekit_stf.host.method as s; s.register(); s.register()"),
-        ("1", f"{RELOAD}\nimport mergekit_stf"),
+        (
+            "1",
+            "import mergekit.merge_methods as m, importlib; importlib.reload(m)\n"
+            "import mergekit_stf.host.method as s; s.register(); s.register()",
+        ),
     ],
+    ids=["package", "method", "everything twice"],
 )
 def test_an_import_of_ours_is_enough_and_changes_nothing_else(
     installed: Environment, switch: str, code: str
 ) -> None:
-    outcome = installed(f"{code}\n{METHODS}", "-W", "error", MERGEKIT_STF_AUTOLOAD=switch)
+    flags = ("-W", "error::RuntimeWarning")
+    outcome = installed(f"{code}\n{METHODS}", *flags, MERGEKIT_STF_AUTOLOAD=switch)
     assert outcome.stdout.split().count("stf") == 1
     assert outcome.stderr == ""
 
@@ -162,37 +163,26 @@ def test_the_requirement_is_one_and_the_same() -> None:
     assert {version: is_supported(version) for version in verdicts} == verdicts
 
 
-def run_yaml(
-    environment: Environment, recipe: Path, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """What the console script ``mergekit-yaml`` runs."""
+def run_yaml(environment: Environment, recipe: Path) -> subprocess.CompletedProcess[str]:
+    """Run what the console script ``mergekit-yaml`` runs."""
     command = [str(environment.python), "-m", "mergekit.scripts.run_yaml", str(recipe)]
-    return attempt([*command, str(recipe.parent / "merged")], HF_HUB_OFFLINE="1", **variables)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    """A recipe of one tiny Llama, base and model at once."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    path = tmp_path / "recipe.yml"
-    model = tmp_path / "model"
-    path.write_text(f"merge_method: stf\nbase_model: {model}\nmodels:\n  - model: {model}\n")
-    return path
+    out = str(recipe.parent / "merged")
+    return attempt([*command, out], cwd=environment.path, HF_HUB_OFFLINE="1")
 
 
 def test_mergekit_yaml_knows_the_method_until_the_package_is_gone(
-    environment: Environment, wheel: Path, recipe: Path
+    environment: Environment, wheel: Path, tmp_path: Path
 ) -> None:
+    made = save_family("llama", tmp_path, tasks=1)
+    recipe = tmp_path / "recipe.yml"
+    models = f"base_model: {made.base}\nmodels:\n  - model: {made.tuned[0]}\n"
+    recipe.write_text(f"merge_method: stf\n{models}", encoding="utf-8")
     environment.install(wheel)
     environment.link_libraries()
     outcome = run_yaml(environment, recipe)
     assert outcome.returncode == 0, outcome.stderr
-    assert list((recipe.parent / "merged").glob("*.safetensors"))
-    (environment.site / "zz_libraries.pth").unlink()
+    assert list((tmp_path / "merged").glob("*.safetensors"))
+    environment.unlink_libraries()
     environment.pip("uninstall", "--yes", "mergekit-stf")
     environment.link_libraries()
     outcome = run_yaml(environment, recipe)
