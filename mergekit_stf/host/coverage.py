@@ -19,7 +19,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.loading import parameter_names
+from mergekit_stf.host.loading import ParameterNames, hollow_model
 
 ALLOW_LOSS = "MERGEKIT_STF_ALLOW_LOSS"
 """Environment variable: set to 1, an incomplete output is a warning and no error."""
@@ -113,9 +113,10 @@ def _present(weight: WeightInfo, stored: Iterable[set[str]]) -> bool:
 
 def _needed(left: set[str], written: Iterable[str], settings: object) -> list[str]:
     """Return the names for whose parameters nothing is written."""
-    loader = parameter_names(settings)
-    if loader is None:
+    model = hollow_model(settings)
+    if model is None:
         return sorted(left)
+    loader = ParameterNames(model)
     filled = {parameter for name in written for parameter in loader.of(name)}
     return sorted(name for name in left if loader.of(name) - filled)
 

@@ -6,6 +6,8 @@ splits while it loads. Two names mean the same weight when they end in the same 
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
@@ -38,6 +40,14 @@ class ParameterNames:
                 return {self._tied.get(name, name) for name in self._targets(target, pattern)}
         return set()
 
+    def stored(self) -> list[str]:
+        """Return the parameters that a checkpoint holds: all but tied copies."""
+        return [name for name in self._parameters if name not in self._tied]
+
+    def tied_to(self, parameter: str) -> list[str]:
+        """Return the parameters that share the storage of this one."""
+        return [copy for copy, source in self._tied.items() if source == parameter]
+
     def _targets(self, target: str, pattern: str | None) -> list[str]:
         """Return every parameter of a conversion, of which transformers names the first."""
         for converter in self._converters:
@@ -47,13 +57,14 @@ class ParameterNames:
         return [target]
 
 
-def parameter_names(config: PretrainedConfig) -> ParameterNames | None:
-    """Return the names of the model that a configuration describes.
+def hollow_model(config: PretrainedConfig) -> PreTrainedModel | None:
+    """Build the model that a configuration describes, without memory for its weights.
 
     ``None`` where transformers has no class of that name, as for models with code of their own.
     """
     model_class = getattr(transformers, config.architectures[0], None)
-    if model_class is None or config.architectures[0] not in dir(transformers):
+    if model_class is None:
         return None
     with torch.device("meta"), no_init_weights():
-        return ParameterNames(model_class(config))
+        model: PreTrainedModel = model_class(copy.deepcopy(config))
+    return model
