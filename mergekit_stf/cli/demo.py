@@ -9,9 +9,9 @@ import click
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from mergekit_stf.cli.demo_corpus import CorpusError
 from mergekit_stf.cli.demo_merging import METHODS, MergeError
 from mergekit_stf.cli.demo_run import Results, clear, run_demo, total_steps
+from mergekit_stf.cli.demo_texts import CorpusError
 from mergekit_stf.cli.demo_training import Settings
 
 INTERRUPTED = 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_stf.cli.demo_corpus import END_OF_TEXT, VOCABULARY, Split, corpus
+from mergekit_stf.cli.demo_texts import KINDS
 
 Advance = Callable[[str, int], None]
 """Called with what is being done and how many steps of it were just done."""
@@ -22,10 +24,22 @@ Advance = Callable[[str, int], None]
 class Settings:
     """Size of the models, length of the training, kinds of text.
 
-    ``kinds`` names one specialist each; the base is trained on all of them in equal parts.
+    Attributes:
+        kinds: of text, one specialist each.
+        background: kinds on which the base is trained in equal parts.
+        rehearsal: one row in so many of a specialist's text is background, so that it forgets
+            less of what the base knew.
+        hidden, layers, heads, context: of the Llama.
+        batch: rows of ``context + 1`` bytes a step.
+        base_steps, specialist_steps: optimiser steps.
+        base_rate, specialist_rate: highest learning rates.
+        windows: of held-out text that a loss is measured on.
+        threads: of torch, while training and measuring.
     """
 
     kinds: tuple[str, ...] = ("python", "prose", "unicode")
+    background: tuple[str, ...] = tuple(KINDS)
+    rehearsal: int = 4
     hidden: int = 128
     layers: int = 4
     heads: int = 4
@@ -33,8 +47,8 @@ class Settings:
     batch: int = 16
     base_steps: int = 600
     specialist_steps: int = 150
-    base_rate: float = 3e-3
-    specialist_rate: float = 1e-3
+    base_rate: float = 6e-3
+    specialist_rate: float = 6e-4
     windows: int = 96
     threads: int = 2
 
@@ -43,7 +57,7 @@ class Settings:
         """Return settings that train a base and its specialists in a few seconds, for tests."""
         return cls(
             kinds=kinds, hidden=32, layers=2, heads=2, context=64, batch=8, base_steps=60,
-            specialist_steps=40, specialist_rate=3e-3, windows=32, threads=1,
+            specialist_steps=40, base_rate=3e-3, specialist_rate=3e-3, windows=32, threads=1,
         )  # fmt: skip
 
     @property
@@ -84,17 +98,29 @@ def new_model(settings: Settings, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
+def rows_for_base(settings: Settings) -> Iterator[str]:
+    """Yield the kind of each row of the base's text."""
+    return itertools.cycle(settings.background)
+
+
+def rows_for_specialist(kind: str, settings: Settings) -> Iterator[str]:
+    """Yield the kind of each row of a specialist's text: its own, now and then background."""
+    background = rows_for_base(settings)
+    while True:
+        yield from [kind] * (settings.rehearsal - 1)
+        yield next(background)
+
+
 def batches(
-    kinds: tuple[str, ...], settings: Settings, steps: int, seed: int
+    kinds: Iterator[str], settings: Settings, steps: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Yield batches of training windows, shape ``(batch, context + 1)``, taking kinds in turn."""
+    """Yield batches of training windows, of ``(batch, context + 1)``, a row a kind."""
     generator = torch.Generator().manual_seed(seed)
-    texts = [corpus(kind)["train"] for kind in kinds]
     offsets = torch.arange(settings.context + 1)
-    for step in range(steps):
+    for _ in range(steps):
         rows = []
-        for row in range(settings.batch):
-            text = texts[(step * settings.batch + row) % len(texts)]
+        for kind in itertools.islice(kinds, settings.batch):
+            text = corpus(kind)["train"]
             start = torch.randint(len(text) - settings.context, (1,), generator=generator)
             rows.append(text[start + offsets])
         yield torch.stack(rows)
@@ -132,9 +158,9 @@ def train(
 
 
 def train_base(settings: Settings, seed: int, advance: Advance = no_progress) -> LlamaForCausalLM:
-    """Train the base on equal parts of every kind of text."""
+    """Train the base on equal parts of its kinds of text."""
     model = new_model(settings, seed)
-    data = batches(settings.kinds, settings, settings.base_steps, seed)
+    data = batches(rows_for_base(settings), settings, settings.base_steps, seed)
     train(model, data, settings.base_steps, settings.base_rate, lambda: advance("base", 1))
     return model
 
@@ -146,10 +172,11 @@ def train_specialist(
     seed: int,
     advance: Advance = no_progress,
 ) -> LlamaForCausalLM:
-    """Fine-tune a copy of the base on one kind of text."""
+    """Fine-tune a copy of the base on one kind of text, with some background."""
     model = copy.deepcopy(base)
     steps = settings.specialist_steps
-    data = batches((kind,), settings, steps, seed + 1 + settings.kinds.index(kind))
+    rows = rows_for_specialist(kind, settings)
+    data = batches(rows, settings, steps, seed + 1 + settings.kinds.index(kind))
     train(model, data, steps, settings.specialist_rate, lambda: advance(kind, 1))
     return model
 
@@ -169,5 +196,5 @@ def bits_per_byte(
     count = min(settings.windows, available)
     rows = torch.arange(count) * available // count
     tokens = text[: available * width].view(available, width)[rows]
-    losses = [next_byte_loss(model, part) * len(part) for part in tokens.split(32)]
+    losses = [next_byte_loss(model, part) * len(part) for part in torch.split(tokens, 32)]
     return float(torch.stack(losses).sum()) / count / math.log(2)

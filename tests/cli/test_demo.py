@@ -17,10 +17,11 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_stf.cli import demo, demo_corpus, demo_merging, demo_run
-from mergekit_stf.cli.demo_corpus import KINDS, CorpusError, corpus, encode, split_documents
+from mergekit_stf.cli import demo, demo_corpus, demo_merging, demo_run, demo_texts
+from mergekit_stf.cli.demo_corpus import corpus, encode, split_documents
 from mergekit_stf.cli.demo_models import build_models, byte_tokenizer
 from mergekit_stf.cli.demo_run import Results
+from mergekit_stf.cli.demo_texts import KINDS, CorpusError
 from mergekit_stf.cli.demo_training import Settings
 
 KINDS_OF_DEMO = ("python", "prose", "unicode")
@@ -214,13 +215,13 @@ def test_a_failed_merge_shows_what_mergekit_said(tmp_path: Path) -> None:
 def test_a_python_without_its_source_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_corpus, "_library", lambda: tmp_path)
-    demo_corpus._sources.cache_clear()
+    monkeypatch.setattr(demo_texts, "library", lambda: tmp_path)
+    demo_texts._sources.cache_clear()
     try:
         with pytest.raises(CorpusError, match="holds 0 source files of the standard library"):
             split_documents("python")
     finally:
-        demo_corpus._sources.cache_clear()
+        demo_texts._sources.cache_clear()
 
 
 def test_a_python_without_help_topics_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
