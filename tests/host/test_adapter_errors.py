@@ -18,7 +18,6 @@ from tests.host import peft_adapters as made
 from tests.host.models import llama, save_model
 from tests.host.test_adapters import merged
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 

@@ -23,7 +23,6 @@ from tests.host.models import gpt2, llama, save_model
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
 IDS = torch.arange(10).unsqueeze(0)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,92 @@
+"""``mergekit-stf lora`` from the command line, beside what ``mergekit-yaml`` makes of adapters."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+from mergekit_stf.cli.main import main
+from tests.host import peft_adapters as made
+from tests.host.models import gpt2, llama, save_model
+
+MODELS = {"llama": (llama, made.LLAMA_LINEAR), "gpt2": (gpt2, made.GPT2_LINEAR)}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a base, two adapters and a recipe over them, and return the recipe."""
+    build, targets = MODELS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    base = save_model(build(), root, tasks=0).base
+    adapters = [
+        made.save_adapter(base, root / f"adapter{seed}", seed, target_modules=targets)
+        for seed in (1, 2)
+    ]
+    content = made.recipe(base, made.on_base(base, adapters), parameters={"weight": 0.9})
+    return made.write(content, root / "recipe.yml")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["lora", *map(str, arguments)])
+
+
+def test_model_equals_what_mergekit_yaml_merges(config: Path, tmp_path: Path) -> None:
+    result = run(config, tmp_path / "native")
+    assert result.exit_code == 0, result.output
+    assert "model, 2 adapters merged in" in result.output
+    options = ["--lora-merge-cache", str(tmp_path / "cache"), "--lora-merge-dtype", "float32"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT and transformers, called by the host
+        CliRunner().invoke(
+            mergekit_yaml,
+            [str(config), str(tmp_path / "host"), *options, "--quiet"],
+            catch_exceptions=False,
+        )
+    found, expected = made.tensors(tmp_path / "native"), made.tensors(tmp_path / "host")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        error = torch.linalg.norm(found[name] - tensor) / torch.linalg.norm(tensor)
+        assert error <= 1e-5, name
+    made.load(tmp_path / "native")
+
+
+def test_adapter_is_reproducible(config: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        result = run(config, tmp_path / name, "--adapter")
+        assert result.exit_code == 0, result.output
+        assert "adapter of rank 6, 2 adapters merged" in result.output
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "mergekit_config.yml"]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_truncation_prints_its_error(config: Path, tmp_path: Path) -> None:
+    result = run(config, tmp_path / "out", "--adapter", "--max-rank", 2)
+    assert result.exit_code == 0, result.output
+    assert "adapter of rank 2" in result.output
+    assert "truncation error" in result.output
+    assert "at worst" in result.output
+
+
+def test_mistakes_are_one_line(config: Path, tmp_path: Path) -> None:
+    assert run(config, tmp_path / "out", "--max-rank", 2).exit_code == 2
+    result = run(config, config.parent)
+    assert result.exit_code == 1
+    assert "is there already" in result.output
+    assert run(tmp_path / "no.yml", tmp_path / "out").exit_code == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_force_replaces_and_quiet_says_nothing(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    result = run(config, out, "--adapter", "--force", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert not (out / "old").exists()
