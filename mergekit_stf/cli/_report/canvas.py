@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,8 +69,13 @@ def _image(paint: Draw, theme: str, size: tuple[float, float]) -> bytes:
 
 
 def logarithmic(axes: Axes, *names: str) -> None:
-    """Make axes logarithmic, with ticks in plain text: model names may hold what TeX reads."""
+    """Make axes logarithmic where they hold positive data.
+
+    Ticks are plain text, for TeX is off: names of models may hold what it reads.
+    """
     for name in names:
+        if not math.isfinite(getattr(axes.dataLim, f"minpos{name}")):
+            continue
         axes.set(**{f"{name}scale": "log"})
         axis = getattr(axes, f"{name}axis")
         axis.set_major_formatter(LogFormatter())
