@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions, ShardSizeParamType
 
 from mergekit_stf.host.adapter_file import total_error
 from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
+from mergekit_stf.host.options import MergeOptions, ShardSizeParamType
 from mergekit_stf.host.recipe import load_recipe
 
 
@@ -65,8 +65,20 @@ def command(
         merge = merge_to_adapter(recipe, out_path, options, max_rank, force)
     else:
         merge = merge_to_model(recipe, out_path, options, force)
+    if merge.damped:
+        click.echo(f"warning: {_damped(merge)}", err=True)
     if not quiet:
         _summarise(merge, out_path)
+
+
+def _damped(merge: AdapterMerge) -> str:
+    pairs = sorted({pair for found in merge.damped.values() for pair in found})
+    who = "; ".join(f"{a} and {b}" for a, b in pairs) or "the adapters together"
+    return (
+        f"{len(merge.damped)} weights were ill-posed, {next(iter(merge.damped))} first: {who} ask for "
+        "contradicting responses to nearly the same features; what they contradict each other in "
+        "was damped. Leave one of them out, or weight them"
+    )
 
 
 def _summarise(merge: AdapterMerge, out: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_stf.cli.errors import Terminated
 from mergekit_stf.host.lock import FILE_NAME
 from mergekit_stf.host.merging import StoreOptions, merge
+from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe import load_recipe
 from mergekit_stf.host.store import DEFAULT_SIZE
 from mergekit_stf.host.workspace import Workspace
