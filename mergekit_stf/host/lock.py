@@ -17,11 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_stf import __version__
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import diagnostics
 from mergekit_stf.host.files import inside, sha256_of, write_text
 from mergekit_stf.host.inputs import InputModel
 from mergekit_stf.host.yaml_text import first_line, printable
 
 FILE_NAME = "stf.lock.json"
+ABOUT = (FILE_NAME, diagnostics.FILE_NAME, "stf-report.html")
+FIGURES = "stf-report/"
 LIBRARIES = ("mergekit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 NOT_RECORDED = {
     "transformers_cache",
@@ -157,9 +160,13 @@ def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[
 
 
 def output_names(folder: Path) -> list[str]:
-    """Return the names of all files of an output but its lock, sorted."""
+    """Return the names of all files of an output, sorted.
+
+    What tells about the merge and is not made of it is left out: the lock, and the records of
+    times and memory (``stf-diagnostics.jsonl``) and the report drawn from them.
+    """
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
-    return sorted(name for name in names if name != FILE_NAME)
+    return sorted(name for name in names if name not in ABOUT and not name.startswith(FIGURES))
 
 
 def file_record(root: Path, name: str, sha256: str | None = None) -> FileRecord:

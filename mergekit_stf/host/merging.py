@@ -12,6 +12,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_stf.host import diagnostics
 from mergekit_stf.host.card import card
 from mergekit_stf.host.files import write_text
 from mergekit_stf.host.inputs import Digests, InputModel, input_models
@@ -83,10 +84,11 @@ def merge(
         config = OrderedConfiguration.model_validate(dict(recipe.config))
         models = input_models(config, options)
         LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
-        for warning in preflight(config, options, work.folder, wanted.size):
-            LOG.warning("%s", warning)
         store = Store(wanted.folder or work.store, wanted.size)
-        with using(store), Digests(models) as digests:
+        for warning in preflight(config, options, work.folder, store):
+            LOG.warning("%s", warning)
+        records = work.output / diagnostics.FILE_NAME
+        with using(store), diagnostics.recording(records), Digests(models) as digests:
             _run(config, recipe.text, work.output, _host_options(config, models, options))
             lock = make_lock(recipe.text, options, models, digests.result(), work.output)
         write_lock(lock, work.output)

@@ -17,20 +17,22 @@ from mergekit_stf.host.coverage import check_coverage
 from mergekit_stf.host.headers import header_of
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.recipe_parameters import filters
+from mergekit_stf.host.store import Store
 
-GB = 1e9
+BLOCK = 4096
+"""What each weight costs besides: a record of its merge, an entry's last block in the store."""
 
 
 def preflight(
-    config: MergeConfiguration, options: MergeOptions, folder: Path, store_size: int
+    config: MergeConfiguration, options: MergeOptions, folder: Path, store: Store
 ) -> list[str]:
     """Check everything about a merge that can be known without reading a weight.
 
     Args:
         config: a recipe that passed `check_recipe`.
         options: the host's options.
-        folder: an existing folder on the disk that will hold the output and the store.
-        store_size: most bytes that the store may take.
+        folder: an existing folder on the disk that will hold the output.
+        store: the store that the merge will use.
 
     Returns:
         What is suspicious but no reason to stop, one line each.
@@ -50,7 +52,7 @@ def preflight(
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise STFError(f"{problems[0]}{more}")
-    _check_disk(weights, folder, store_size)
+    _check_disk(weights, folder, store)
     names = [weight.name for weight in weights]
     return [*_memory_warnings(weights, options), *_idle_filters(config, names)]
 
@@ -79,20 +81,34 @@ def _shape(load: LoadTensor) -> tuple[int, ...] | None:
         raise
 
 
-def _check_disk(weights: list[PlannedWeight], folder: Path, store_size: int) -> None:
-    output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
-    matrices = sum(_matrix_bytes(weight) for weight in weights if weight.rule == "superpose")
-    needed = output + min(matrices, store_size)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise STFError(
-            f"{folder}: {needed / GB:.3f} GB needed ({output / GB:.3f} for the output, the rest "
-            f"for resuming), {free / GB:.3f} GB free; make room, or lower --store-size"
-        )
+def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store) -> None:
+    output = sum(weight.numel * weight.out_dtype.itemsize + BLOCK for weight in weights)
+    matrices = [_matrix_bytes(weight) for weight in weights if weight.rule == "superpose"]
+    stored = min(sum(matrices) + BLOCK * len(matrices), store.size) - store.taken()
+    disks = {folder.stat().st_dev: (folder, output)}
+    disk = store.folder.stat().st_dev
+    place, already = disks.get(disk, (store.folder, 0))
+    disks[disk] = place, already + max(stored, 0)
+    for place, needed in disks.values():
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise STFError(
+                f"{place}: {amount(needed)} needed for the output and for resuming, "
+                f"{amount(free)} free; make room, or lower --store-size"
+            )
 
 
 def _matrix_bytes(weight: PlannedWeight) -> int:
     return weight.numel * max(weight.dtype.itemsize, torch.float32.itemsize)
+
+
+def amount(count: float) -> str:
+    """Write a number of bytes with the unit that suits it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _memory_warnings(weights: list[PlannedWeight], options: MergeOptions) -> Iterator[str]:
@@ -104,7 +120,7 @@ def _memory_warnings(weights: list[PlannedWeight], options: MergeOptions) -> Ite
     free = psutil.virtual_memory().available
     if free < needed:
         yield (
-            f"about {needed / GB:.1f} GB of memory needed, {free / GB:.1f} GB free; "
+            f"about {amount(needed)} of memory needed, {amount(free)} free; "
             "--out-shard-size 1B lowers the need"
         )
 

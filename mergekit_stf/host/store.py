@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import mergekit_stf
 from mergekit_stf.core.errors import STFError
@@ -93,8 +93,14 @@ class Store:
             self._used.add(path.name)
         return matrix
 
-    def put(self, key: str, matrix: torch.Tensor) -> None:
-        """Store a matrix, complete or not at all.
+    def note(self, key: str) -> str:
+        """Return what `put` was told to keep beside the matrix; ask after `get` has found it."""
+        with safe_open(self._path(key), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        return metadata.get("note", "")
+
+    def put(self, key: str, matrix: torch.Tensor, note: str = "") -> None:
+        """Store a matrix and a text about it, complete or not at all.
 
         Raises:
             STFError: the disk is full or the folder cannot be written.
@@ -105,11 +111,11 @@ class Store:
             if not self._make_room(matrix.nbytes):
                 return
             self._used.add(path.name)
-        metadata = {"key": key, "checksum": _checksum(matrix)}
+        metadata = {"key": key, "checksum": _checksum(matrix, note), "note": note}
         try:
             with replacing(path) as temporary:
-                save_file({"M": matrix}, temporary, metadata)
-        except (OSError, SafetensorError) as error:
+                temporary.write_bytes(save({"M": matrix}, metadata))
+        except OSError as error:
             raise STFError(self._not_written(error)) from error
         with self._lock:
             self.written += 1
@@ -123,11 +129,14 @@ class Store:
 
     def summary(self) -> str:
         """Say in one line what the store did and what it takes."""
-        count, taken = len(list(self._entries())), self._taken()
         return (
             f"store {self.folder}: {self.hits} matrices found, {self.written} written, "
-            f"{count} kept ({taken / 1e6:.1f} MB of at most {self.size / 1e6:.0f} MB)"
+            f"{self.taken() / 1e6:.1f} MB of at most {self.size / 1e6:.0f} MB"
         )
+
+    def taken(self) -> int:
+        """Return the bytes that all entries take."""
+        return sum(stat.st_size for stat in map(_stat, self._entries()) if stat)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
@@ -135,11 +144,8 @@ class Store:
     def _entries(self) -> Iterator[Path]:
         return self.folder.glob(f"[0-9a-f]*{SUFFIX}")
 
-    def _taken(self) -> int:
-        return sum(stat.st_size for stat in map(_stat, self._entries()) if stat)
-
     def _make_room(self, needed: int) -> bool:
-        excess = self._taken() + needed - self.size
+        excess = self.taken() + needed - self.size
         if excess <= 0:
             return True
         stale = [(s.st_mtime_ns, s.st_size, p) for p in self._entries() if (s := _stat(p))]
@@ -164,8 +170,8 @@ class Store:
         LOG.warning("%s is damaged and will be computed again: %s", path, error)
         path.unlink(missing_ok=True)
 
-    def _not_written(self, error: Exception) -> str:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    def _not_written(self, error: OSError) -> str:
+        full = error.errno == errno.ENOSPC
         reason = "no space left on the disk" if full else str(error)
         return (
             f"cannot write to the store {self.folder}: {reason}; "
@@ -224,8 +230,8 @@ def _update(digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
     digest.update(flat.view(torch.uint8).numpy().data)
 
 
-def _checksum(matrix: torch.Tensor) -> str:
-    digest = xxhash.xxh3_128()
+def _checksum(matrix: torch.Tensor, note: str) -> str:
+    digest = xxhash.xxh3_128(note.encode())
     _update(digest, matrix)
     return digest.hexdigest()
 
@@ -238,7 +244,7 @@ def _read(path: Path, key: str) -> torch.Tensor:
         if metadata.get("key") != key:
             raise STFError("it belongs to another weight")
         matrix: torch.Tensor = file.get_tensor("M")
-    if metadata.get("checksum") != _checksum(matrix):
+    if metadata.get("checksum") != _checksum(matrix, metadata.get("note", "")):
         raise STFError("its checksum is wrong")
     return matrix
 

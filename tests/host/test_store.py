@@ -36,6 +36,15 @@ def test_what_is_put_comes_back(store: Store, dtype: torch.dtype) -> None:
     assert [p.name for p in store.folder.iterdir()] == ["ab.stf.safetensors"]
 
 
+def test_a_note_comes_back_with_its_matrix_and_is_checked_like_it(store: Store) -> None:
+    store.put("ab", torch.ones(2, 2), "kept: 2")
+    assert store.get("ab") is not None
+    assert store.note("ab") == "kept: 2"
+    entry(store).write_bytes(entry(store).read_bytes().replace(b"kept: 2", b"kept: 3"))
+    assert store.get("ab") is None
+    assert store.rejected == 1
+
+
 def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.arange(12.0).reshape(3, 4), torch.ones(3, 4)]
     options = {"rank": 1.0, "density": (0.2, 1.0)}
@@ -134,7 +143,7 @@ def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(STFError, match="no space left on the disk; free some space and run"):
         store.put("ab", torch.eye(2))
     assert list(store.folder.iterdir()) == []

@@ -1,0 +1,74 @@
+"""``mergekit-stf`` in processes of its own, forked from one that has imported everything already.
+
+Importing torch and mergekit takes seconds; forking takes milliseconds. The server that forks
+computes nothing itself, so its children start without threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mergekit_stf.host.merging", "mergekit_stf.cli.main"])
+
+
+@dataclass
+class Running:
+    """A command that has been started, and the file with what it says."""
+
+    process: BaseProcess
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def wait(self, seconds: float = 120) -> int:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running: {self.text}"
+        return self.process.exitcode
+
+    def until(self, path: Path, pattern: str = "*", seconds: float = 60) -> None:
+        """Wait until a file of that pattern is in the folder ``path``."""
+        end = time.monotonic() + seconds
+        while not (path.is_dir() and any(path.glob(pattern))):
+            assert time.monotonic() < end, f"nothing in {path}: {self.text}"
+            assert self.process.is_alive(), f"ended early: {self.text}"
+            time.sleep(0.001)
+
+
+def start(*arguments: object, log: Path, pretend_free: bool = False) -> Running:
+    """Start ``mergekit-stf`` with these arguments."""
+    words = [str(argument) for argument in arguments]
+    process = CONTEXT.Process(target=_command, args=(words, str(log), pretend_free))
+    process.start()
+    return Running(process, log)
+
+
+def run(*arguments: object, log: Path, pretend_free: bool = False) -> tuple[int, str]:
+    """Run ``mergekit-stf`` to its end and return its exit code and all that it says."""
+    running = start(*arguments, log=log, pretend_free=pretend_free)
+    return running.wait(), running.text
+
+
+def _command(words: list[str], log: str, pretend_free: bool) -> None:
+    import torch
+
+    from mergekit_stf.cli.main import main
+    from mergekit_stf.host import preflight
+
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+    if pretend_free:
+        preflight._check_disk = lambda *_: None
+    main(words, prog_name="mergekit-stf")
