@@ -9,12 +9,10 @@ import click
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from mergekit_stf.cli.demo_merging import METHODS, MergeError
+from mergekit_stf.cli.demo_merging import METHODS
 from mergekit_stf.cli.demo_run import Results, clear, run_demo, total_steps
-from mergekit_stf.cli.demo_texts import CorpusError
 from mergekit_stf.cli.demo_training import Settings
-
-INTERRUPTED = 130
+from mergekit_stf.core.errors import STFError
 
 
 @click.command("demo")
@@ -47,11 +45,9 @@ def command(directory: Path, seed: int, quick: bool, force: bool) -> None:
                 bar.update(steps)
 
             results = run_demo(directory, settings, seed, advance)
-    except (CorpusError, MergeError) as error:
-        raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo(_state(directory), err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
+        raise
     for line in (*_table(results), "", *_verdict(results), "", *_next_steps(directory)):
         click.echo(line)
 
@@ -59,7 +55,7 @@ def command(directory: Path, seed: int, quick: bool, force: bool) -> None:
 def _prepare(directory: Path, force: bool) -> None:
     if directory.exists() and any(directory.iterdir()):
         if not force:
-            raise click.ClickException(
+            raise STFError(
                 f"{directory} is not empty: name another directory, or give --force to replace "
                 "an earlier demo in it (other files stay)"
             )

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from mergekit_stf.cli.demo_texts import KINDS, CorpusError, library
+from mergekit_stf.cli.demo_texts import KINDS, library
+from mergekit_stf.core.errors import STFError
 
 Split = Literal["train", "validation", "test"]
 
@@ -34,7 +35,7 @@ def corpus(kind: str) -> dict[Split, torch.Tensor]:
     split, is left out: no block stands in two splits.
 
     Raises:
-        CorpusError: the installation does not carry this kind of text.
+        STFError: the installation does not carry this kind of text.
     """
     return {
         split: torch.cat([torch.cat([encode(t), torch.tensor([END_OF_TEXT])]) for t in texts])
@@ -45,7 +46,7 @@ def corpus(kind: str) -> dict[Split, torch.Tensor]:
 def split_documents(kind: str) -> dict[Split, list[str]]:
     """Return the documents of one kind for each split, in a fixed order that looks shuffled."""
     if kind not in KINDS:
-        raise CorpusError(f"no kind of text is called {kind!r}: choose from {', '.join(KINDS)}")
+        raise STFError(f"no kind of text is called {kind!r}: choose from {', '.join(KINDS)}")
     documents = sorted(KINDS[kind](), key=lambda document: _digest(document[0]))
     seen: set[str] = set()
     parts: dict[Split, list[str]] = {split: [] for split in _SPLITS}
@@ -58,7 +59,7 @@ def split_documents(kind: str) -> dict[Split, list[str]]:
             room[split] -= len(text)
     for split, texts in parts.items():
         if not texts:
-            raise CorpusError(
+            raise STFError(
                 f"this Python carries too little {kind} text for the {split} split (looked in "
                 f"{library()}): run the demo with a full CPython 3.10 to 3.13"
             )

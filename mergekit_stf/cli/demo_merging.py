@@ -12,17 +12,15 @@ from typing import Any
 
 import yaml
 
+from mergekit_stf.core.errors import STFError
+
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "task_arithmetic": {"lambda": 0.5},
+    "task_arithmetic": {"lambda": 0.4},
     "ties": {"lambda": 1.0, "density": 0.2},
-    "stf": {"lambda": 0.5},
+    "stf": {"lambda": 0.6},
 }
 """The methods of the demo in the order of its table, each with its global parameters."""
-
-
-class MergeError(RuntimeError):
-    """``mergekit-yaml`` did not end well; the text holds the end of what it printed."""
 
 
 def recipe(method: str, kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def merge(root: Path, method: str) -> Path:
     """Merge ``recipes/METHOD.yml`` to ``merged/METHOD``, which appears whole or not at all.
 
     Raises:
-        MergeError: the command failed.
+        STFError: the command failed; the message ends with what it printed last.
     """
     partial = root / "merged" / f"{method}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,7 +71,7 @@ def merge(root: Path, method: str) -> Path:
     )
     if run.returncode:
         end = " / ".join((run.stderr or run.stdout).strip().splitlines()[-3:])
-        raise MergeError(f"`{' '.join(command)}` in {root} ended with {run.returncode}: {end}")
+        raise STFError(f"`{' '.join(command)}` in {root} ended with {run.returncode}: {end}")
     merged = root / "merged" / method
     os.replace(partial, merged)
     return merged

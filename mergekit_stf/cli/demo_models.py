@@ -36,7 +36,7 @@ def build_models(
         The path of each checkpoint by name, the base first.
 
     Raises:
-        CorpusError: this Python does not carry the text of one of the kinds.
+        STFError: this Python does not carry the text of one of the kinds.
     """
     with torch_threads(settings.threads):
         base = train_base(settings, seed, advance)

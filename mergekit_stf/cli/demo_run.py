@@ -72,8 +72,7 @@ def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Res
     """Train, merge by every method, measure every model on every kind of text, write the figures.
 
     Raises:
-        CorpusError: this Python does not carry the text.
-        MergeError: ``mergekit-yaml`` failed.
+        STFError: this Python does not carry the text, or ``mergekit-yaml`` failed.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "training"):

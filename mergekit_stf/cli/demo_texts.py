@@ -22,11 +22,9 @@ from functools import cache, partial
 from pathlib import Path
 from types import CodeType
 
+from mergekit_stf.core.errors import STFError
+
 Documents = Iterator[tuple[str, Callable[[], list[str]]]]
-
-
-class CorpusError(ValueError):
-    """This Python installation lacks a text that the demo is trained on."""
 
 
 def library() -> Path:
@@ -39,7 +37,7 @@ def _sources() -> dict[str, str]:
     """Return the text of every top-level module of the standard library by file name."""
     files = [f for f in sorted(library().glob("*.py")) if not f.name.startswith("_sysconfigdata")]
     if len(files) < 50:
-        raise CorpusError(
+        raise STFError(
             f"{library()} holds {len(files)} source files of the standard library, the demo needs "
             "50: run it with a Python that carries them (python.org, Debian, conda, uv, pyenv)"
         )
@@ -66,7 +64,7 @@ def _prose() -> Documents:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
-        raise CorpusError(
+        raise STFError(
             "this Python lacks pydoc_data.topics, the English text of the demo: run it with a full "
             "CPython 3.10 to 3.13"
         ) from error

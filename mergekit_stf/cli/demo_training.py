@@ -39,7 +39,7 @@ class Settings:
 
     kinds: tuple[str, ...] = ("python", "prose", "unicode")
     background: tuple[str, ...] = tuple(KINDS)
-    rehearsal: int = 4
+    rehearsal: int = 2
     hidden: int = 128
     layers: int = 4
     heads: int = 4

@@ -21,8 +21,11 @@ from mergekit_stf.cli import demo, demo_corpus, demo_merging, demo_run, demo_tex
 from mergekit_stf.cli.demo_corpus import corpus, encode, split_documents
 from mergekit_stf.cli.demo_models import build_models, byte_tokenizer
 from mergekit_stf.cli.demo_run import Results
-from mergekit_stf.cli.demo_texts import KINDS, CorpusError
+from mergekit_stf.cli.demo_texts import KINDS
 from mergekit_stf.cli.demo_training import Settings
+from mergekit_stf.cli.errors import INTERRUPTED, WRONG
+from mergekit_stf.cli.main import main
+from mergekit_stf.core.errors import STFError
 
 KINDS_OF_DEMO = ("python", "prose", "unicode")
 SHORT = Settings(
@@ -34,7 +37,7 @@ SHORT = Settings(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     root = tmp_path_factory.mktemp("demo") / "stf-demo"
-    result = CliRunner().invoke(demo.command, [str(root), "--quick", "--seed", "3"])
+    result = CliRunner().invoke(main, ["demo", str(root), "--quick", "--seed", "3"])
     assert result.exit_code == 0, result.output
     return root, result
 
@@ -152,8 +155,9 @@ def test_no_block_of_text_stands_in_two_splits(kind: str) -> None:
 
 def test_text_does_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import hashlib; from mergekit_stf.cli.demo_corpus import KINDS, split_documents as s;"
-        "print(hashlib.sha256(repr([s(k) for k in KINDS]).encode('utf8', 'replace')).hexdigest())"
+        "import hashlib, itertools; from mergekit_stf.cli.demo_texts import KINDS;"
+        "text = [b() for k in ('bytecode', 'json') for _, b in itertools.islice(KINDS[k](), 40)];"
+        "print(hashlib.sha256(repr(text).encode('utf8', 'replace')).hexdigest())"
     )
     digests = {
         subprocess.run(
@@ -179,8 +183,8 @@ def test_token_ids_are_bytes(tmp_path: Path) -> None:
 
 def test_refuses_a_directory_with_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    result = CliRunner().invoke(demo.command, [str(tmp_path)])
-    assert result.exit_code == 1
+    result = CliRunner().invoke(main, ["demo", str(tmp_path)])
+    assert result.exit_code == WRONG
     assert "is not empty" in result.stderr
     assert "--force" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -197,8 +201,8 @@ def test_interrupt_says_what_is_complete_and_force_keeps_other_files(
     (tmp_path / "models" / "old").mkdir(parents=True)
     monkeypatch.setattr(demo.Settings, "tiny", lambda: SHORT)
     monkeypatch.setattr(demo_run, "merge", stopped_while_merging)
-    result = CliRunner().invoke(demo.command, [str(tmp_path), "--quick", "--force"])
-    assert result.exit_code == demo.INTERRUPTED
+    result = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick", "--force"])
+    assert result.exit_code == INTERRUPTED
     assert "models/base, models/prose, models/unicode." in result.stderr
     assert f"mergekit-stf demo {tmp_path} --force" in result.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -207,7 +211,7 @@ def test_interrupt_says_what_is_complete_and_force_keeps_other_files(
 
 def test_a_failed_merge_shows_what_mergekit_said(tmp_path: Path) -> None:
     demo_merging.write_recipe(tmp_path, "linear", ("absent",))
-    with pytest.raises(demo_merging.MergeError, match=r"mergekit-yaml.* ended with 1: .*absent"):
+    with pytest.raises(STFError, match=r"mergekit-yaml.* ended with 1: .*absent"):
         demo_merging.merge(tmp_path, "linear")
     assert not (tmp_path / "merged" / "linear").exists()
 
@@ -218,7 +222,7 @@ def test_a_python_without_its_source_is_told_so(
     monkeypatch.setattr(demo_texts, "library", lambda: tmp_path)
     demo_texts._sources.cache_clear()
     try:
-        with pytest.raises(CorpusError, match="holds 0 source files of the standard library"):
+        with pytest.raises(STFError, match="holds 0 source files of the standard library"):
             split_documents("python")
     finally:
         demo_texts._sources.cache_clear()
@@ -226,12 +230,12 @@ def test_a_python_without_its_source_is_told_so(
 
 def test_a_python_without_help_topics_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(CorpusError, match=r"lacks pydoc_data\.topics"):
+    with pytest.raises(STFError, match=r"lacks pydoc_data\.topics"):
         split_documents("prose")
 
 
 def test_an_unknown_kind_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(CorpusError, match="'poetry': choose from python, prose"):
+    with pytest.raises(STFError, match="'poetry': choose from python, prose"):
         split_documents("poetry")
 
 
