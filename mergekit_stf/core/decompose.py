@@ -9,6 +9,10 @@ from torch import Tensor
 
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.routes import ROUTES, svd
+from mergekit_stf.core.truncated import leading, low_rank
+
+FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""P100, V100, A100, H100 and H200, B200; other cards have 1/32 or 1/64 of float64."""
 
 
 def choose_route(M: Tensor, source_dtype: torch.dtype) -> str:
@@ -17,12 +21,22 @@ def choose_route(M: Tensor, source_dtype: torch.dtype) -> str:
     * float64 matrices keep the accuracy of their type: ``svd``;
     * checkpoints in half precision carry rounding noise that moves the merged matrix by over a
       hundred times what ``gram_float32`` does (docs/performance.md): ``gram_float32``;
+    * where float64 runs at a usable rate: ``gram_float64``, the most accurate one;
     * otherwise ``gram_refined``: float32 throughout, so that it is as quick on a consumer GPU with
-      1/64 of float64 as elsewhere, and more accurate than a float32 SVD.
+      1/64 of float64 as elsewhere, and still more accurate than a float32 SVD.
     """
     if M.dtype == torch.float64:
         return "svd"
-    return "gram_float32" if source_dtype.itemsize < 4 else "gram_refined"
+    if source_dtype.itemsize < 4:
+        return "gram_float32"
+    return "gram_float64" if has_float64(M.device) else "gram_refined"
+
+
+def has_float64(device: torch.device) -> bool:
+    """Say whether float64 runs at half the rate of float32 or so: CPUs and data-centre cards."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return torch.cuda.get_device_capability(device) in FLOAT64_CAPABILITIES
 
 
 def decompose(
@@ -49,12 +63,20 @@ def decompose(
     count = kept_rank((M.shape[0], M.shape[1]), rank)
     rows, columns = M.any(dim=1), M.any(dim=0)
     if bool(rows.all() & columns.all()):
-        return _attempt(M, route, source_dtype, name).leading(count)
+        shortcut = _shortcut(M, count) if route == "auto" else None
+        return (shortcut or _attempt(M, route, source_dtype, name)).leading(count)
     if not bool(columns.any()):
         empty = M.new_zeros(0)
         return Features(M[:, :0], empty, M[:0], "zero")
-    core = decompose(M[rows][:, columns], min(M.shape), route, source_dtype, name)
+    core = decompose(M[rows][:, columns], count if count > 1 else rank, route, source_dtype, name)
     return _spread(core, rows, columns).leading(count)
+
+
+def _shortcut(M: Tensor, count: int) -> Features | None:
+    """Compute only what is kept, or only what is there, where that is quicker."""
+    if M.dtype == torch.float64:
+        return None
+    return low_rank(M) or (leading(M, count) if count < M.shape[1] else None)
 
 
 def _spread(core: Features, rows: Tensor, columns: Tensor) -> Features:
@@ -76,7 +98,7 @@ def _attempt(M: Tensor, route: str, source_dtype: torch.dtype, name: str) -> Fea
         except RuntimeError as error:
             failures.append(f"{attempt}: {str(error).splitlines()[0]}")
             continue
-        if not bool(torch.isfinite(found.s).all()):
+        if not (found.rank and bool(torch.isfinite(found.s).all())):
             failures.append(f"{attempt}: result is not finite")
             continue
         if failures:

@@ -23,3 +23,6 @@ ILL_POSED = 4.0
 
 CUTOFF = 0.4
 """Eigenvalue of ``G`` below which an ill-posed system is damped."""
+
+TRUNCATED = 1e-4
+"""Residual of the kept triples, relative to ``|s|``, at which a truncated decomposition stops."""

@@ -1,0 +1,89 @@
+"""Drivers that fail, and the choice of a route."""
+
+import pytest
+import torch
+
+from mergekit_stf.core import decompose, superpose
+from mergekit_stf.core.decompose import choose_route
+from mergekit_stf.core.routes import ROUTES
+
+
+def matrix(m=60, n=40, seed=0):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def failing(original, times):
+    calls = []
+
+    def driver(*args, **kwargs):
+        calls.append(args)
+        if len(calls) <= times:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge\nsecond line")
+        return original(*args, **kwargs)
+
+    return driver
+
+
+@pytest.mark.parametrize("route", [name for name in ROUTES if name != "svd"])
+def test_a_failing_driver_is_replaced_with_one_warning(monkeypatch, route):
+    expected = superpose([matrix(seed=1), matrix(seed=2)]).M
+    monkeypatch.setattr(torch.linalg, "eigh", failing(torch.linalg.eigh, 1))
+    with pytest.warns(RuntimeWarning, match=rf"q_proj: decomposed by svd \({route}: the") as seen:
+        M = superpose([matrix(seed=1), matrix(seed=2)], route=route, name="q_proj").M
+    assert len(seen) == 1
+    assert float((M - expected).norm() / expected.norm()) <= 2e-4
+
+
+def test_float64_on_the_cpu_is_the_last_resort(monkeypatch):
+    expected = decompose(matrix())
+    monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd, 1))
+    with pytest.warns(RuntimeWarning, match="k_proj: decomposed by cpu"):
+        found = decompose(matrix(), route="svd", name="k_proj")
+    torch.testing.assert_close(found.s, expected.s)
+
+
+def test_a_driver_that_always_fails_names_the_weight(monkeypatch):
+    for driver in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, driver, failing(getattr(torch.linalg, driver), 10**9))
+    with pytest.raises(RuntimeError, match=r"v_proj: no driver decomposes it \(gram_float64: the"):
+        decompose(matrix(), name="v_proj")
+
+
+def test_a_driver_that_returns_nan_is_replaced(monkeypatch):
+    def broken(x, *args, **kwargs):
+        values, vectors = original(x, *args, **kwargs)
+        return torch.return_types.linalg_eigh((values, vectors * float("nan")))
+
+    original = torch.linalg.eigh
+    expected = decompose(matrix())
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    with pytest.warns(RuntimeWarning, match="decomposed by svd"):
+        found = decompose(matrix())
+    torch.testing.assert_close(found.s, expected.s)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "source", "route"),
+    [
+        (torch.float64, torch.float64, "svd"),
+        (torch.float32, torch.float32, "gram_float64"),
+        (torch.float32, torch.bfloat16, "gram_float32"),
+        (torch.float32, torch.float16, "gram_float32"),
+    ],
+)
+def test_the_route_on_a_cpu(dtype, source, route):
+    assert choose_route(matrix().to(dtype), source) == route
+
+
+@pytest.mark.parametrize(
+    ("capability", "route"),
+    [((9, 0), "gram_float64"), ((8, 0), "gram_float64"), ((8, 9), "gram_refined")],
+)
+def test_the_route_on_a_card_follows_its_float64_rate(monkeypatch, capability, route):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    class OnCard:
+        dtype = torch.float32
+        device = torch.device("cuda", 0)
+
+    assert choose_route(OnCard(), torch.float32) == route

@@ -1,0 +1,186 @@
+"""The engine against the float64 oracle, and the constraints that define the merged matrix."""
+
+import numpy as np
+import pytest
+import torch
+
+from mergekit_stf.core import decompose, superpose, trim
+from mergekit_stf.core.routes import ROUTES
+from tests import oracle
+
+SHAPES = [(48, 48), (96, 40), (40, 96), (1, 33), (33, 1), (1, 1), (257, 64)]
+TOLERANCE = {
+    "svd": 2e-4,  # a float32 SVD blurs close neighbours; that is why it is no default
+    "gram_float64": 1e-5,
+    "gram_refined": 2e-5,
+    "gram_float32": 2e-4,
+}
+
+
+def matrices(shape, tasks, seed=0, density=1.0, shared=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(shape, generator=generator)
+    return [
+        trim(torch.randn(shape, generator=generator) + shared * common, density)
+        for _ in range(tasks)
+    ]
+
+
+def distance(result, expected):
+    return float(np.linalg.norm(result.double().numpy() - expected) / np.linalg.norm(expected))
+
+
+def expected(inputs, rank=None):
+    return oracle.superpose([M.double().numpy() for M in inputs], rank)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tasks"),
+    [(s, t) for s in SHAPES for t in (1, 2, 3, 7) if t * min(s) <= s[0] * s[1]],
+)
+def test_equals_the_oracle(shape, tasks):
+    """With more features than entries the constraints cannot all hold; those are left out."""
+    inputs = matrices(shape, tasks, seed=tasks)
+    assert distance(superpose(inputs).M, expected(inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 128)])
+def test_equals_the_oracle_for_sixteen_tasks(shape):
+    inputs = matrices(shape, 16, seed=5, shared=0.0)
+    assert distance(superpose(inputs).M, expected(inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("density", [0.5, 0.2, 0.05, 0.01])
+def test_equals_the_oracle_of_trimmed_matrices(density):
+    inputs = matrices((120, 90), 3, seed=8, density=density)
+    assert distance(superpose(inputs).M, expected(inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", [(128, 128), (256, 96), (96, 256)])
+@pytest.mark.parametrize("density", [1.0, 0.2])
+def test_every_route_equals_the_oracle(route, shape, density):
+    inputs = matrices(shape, 3, seed=11, density=density)
+    result = superpose(inputs, route=route)
+    assert set(result.report.routes) == {route}
+    assert distance(result.M, expected(inputs)) <= TOLERANCE[route]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_meets_every_constraint(route):
+    inputs = matrices((200, 150), 4, seed=2)
+    M = superpose(inputs, route=route).M.double()
+    for matrix in inputs:
+        f = decompose(matrix, route=route)
+        response = ((f.U.double().mT @ M) * f.Vh.double()).sum(dim=1)
+        assert float((response - f.s).abs().max()) <= 1e-5 * float(f.s[0])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_reproduces_its_matrix(route):
+    (matrix,) = matrices((150, 100), 1, seed=4)
+    f = decompose(matrix, route=route)
+    back = (f.U.double() * f.s) @ f.Vh.double()
+    assert float((back - matrix).norm() / matrix.norm()) <= 2e-6
+    assert torch.equal(f.s, f.s.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_low_rank_has_no_more_features(route):
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        torch.randn(90, 7, generator=generator) @ torch.randn(7, 70, generator=generator)
+        for _ in range(3)
+    ]
+    result = superpose(inputs, route=route)
+    assert result.report.ranks == (7, 7, 7)
+    assert distance(result.M, expected(inputs)) <= 1e-5
+
+
+def test_float64_inputs_keep_their_accuracy():
+    inputs = [M.double() for M in matrices((60, 80), 5, seed=6)]
+    result = superpose(inputs)
+    assert result.M.dtype == torch.float64
+    assert distance(result.M, expected(inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("kept", [1, 5, 30])
+def test_keeps_the_leading_features(kept):
+    inputs = matrices((64, 48), 3, seed=9)
+    result = superpose(inputs, rank=kept if kept > 1 else 1 / 48)
+    assert result.report.ranks == (kept,) * 3
+    assert distance(result.M, expected(inputs, kept)) <= 1e-5
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(1.0, 48), (0.5, 24), (0.2, 9), (1e-9, 1), (100, 48)])
+def test_rank_is_a_fraction_or_a_count(rank, kept):
+    inputs = matrices((64, 48), 2, seed=9)
+    assert superpose(inputs, rank=rank).report.ranks == (kept, kept)
+
+
+@pytest.mark.parametrize("rank", [0, -1, -0.5, float("nan")])
+def test_refuses_a_rank_that_is_none(rank):
+    with pytest.raises(ValueError, match="rank must be"):
+        superpose(matrices((4, 4), 2), rank=rank)
+
+
+def test_inputs_are_not_changed():
+    inputs = matrices((40, 30), 3)
+    before = [M.clone() for M in inputs]
+    superpose(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_a_zero_matrix_is_no_feature():
+    a, b = matrices((40, 30), 2)
+    result = superpose([a, torch.zeros(40, 30), b])
+    assert result.report.ranks == (30, 0, 30)
+    assert distance(result.M, expected([a, b])) <= 1e-5
+    assert not superpose([torch.zeros(4, 6)] * 3).M.any()
+
+
+def test_empty_rows_and_columns_cost_nothing_and_change_nothing():
+    inputs = matrices((80, 60), 3, seed=12)
+    for i, M in enumerate(inputs):
+        M[i::7] = 0
+        M[:, 2 * i :: 5] = 0
+    result = superpose(inputs)
+    assert distance(result.M, expected(inputs)) <= 1e-5
+    assert all(kept <= 48 for kept in result.report.ranks)
+
+
+def test_refuses_shapes_that_differ_and_no_matrix():
+    with pytest.raises(ValueError, match="shapes differ"):
+        superpose([torch.ones(2, 3), torch.ones(3, 2)], name="q_proj")
+    with pytest.raises(ValueError, match="at least one"):
+        superpose([])
+
+
+def test_same_bytes_again():
+    inputs = matrices((130, 70), 4)
+    assert torch.equal(superpose(inputs).M, superpose(inputs).M)
+
+
+def test_reduced_precision_of_the_process_does_not_reach_the_engine():
+    inputs = matrices((96, 96), 3)
+    reference = superpose(inputs).M
+    torch.set_float32_matmul_precision("medium")
+    try:
+        result = superpose(inputs).M
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(result, reference)
+
+
+def test_report_tells_lengths_and_overlaps():
+    a, b, c = matrices((50, 60), 3, seed=3)
+    report = superpose([a, b, c]).report
+    np.testing.assert_allclose(report.norms, [float(M.norm()) for M in (a, b, c)], rtol=1e-5)
+    np.testing.assert_allclose(report.sum_norm, float((a + b + c).norm()), rtol=1e-5)
+    cosine = float((a * b).sum() / (a.norm() * b.norm()))
+    np.testing.assert_allclose(report.overlaps[0][1], cosine, rtol=1e-5)
+    assert report.converged
+    assert report.residual <= 1e-6
+    assert report.cutoff == 0
+    assert report.alpha_ratio == tuple(sorted(report.alpha_ratio))
