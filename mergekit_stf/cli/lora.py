@@ -75,9 +75,9 @@ def _damped(merge: AdapterMerge) -> str:
     pairs = sorted({pair for found in merge.damped.values() for pair in found})
     who = "; ".join(f"{a} and {b}" for a, b in pairs) or "the adapters together"
     return (
-        f"{len(merge.damped)} weights were ill-posed, {next(iter(merge.damped))} first: {who} ask for "
-        "contradicting responses to nearly the same features; what they contradict each other in "
-        "was damped. Leave one of them out, or weight them"
+        f"{len(merge.damped)} weights were ill-posed and damped, {next(iter(merge.damped))} first: "
+        f"{who} ask for contradicting responses to nearly the same features. Leave one of them "
+        "out, or weight them"
     )
 
 

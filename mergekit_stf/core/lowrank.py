@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from mergekit_stf.core.decompose import decompose
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.precision import full_precision
-from mergekit_stf.core.solve import solve
+from mergekit_stf.core.solve import Solution, solve
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class LowRank:
     @property
     def norm(self) -> float:
         """Frobenius norm of the product."""
-        left, right = self.left.double(), self.right.double()
-        return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
+        return math.sqrt(max(0.0, self.inner(self)))
+
+    def inner(self, other: LowRank) -> float:
+        """Return the Frobenius inner product with another product of this shape."""
+        left = self.left.double().T @ other.left.double()
+        right = self.right.double() @ other.right.double().T
+        return float((left * right).sum())
 
     @property
     def transposed(self) -> LowRank:
@@ -66,6 +72,19 @@ class LowRank:
         compute = torch.promote_types(base.dtype, torch.float32)
         total = torch.addmm(base.to(compute), self.left.to(compute), self.right.to(compute))
         return total.to(dtype)
+
+
+@dataclass(frozen=True)
+class FactoredSuperposition:
+    """The merged matrix in factors, and how the system was solved.
+
+    Attributes:
+        M: the merged matrix.
+        solution: of the system, None where every task matrix is zero.
+    """
+
+    M: LowRank
+    solution: Solution | None
 
 
 def sum_of(matrices: Sequence[LowRank]) -> LowRank:
@@ -112,7 +131,7 @@ def superpose_factors(
     ridge: float | None = None,
     source_dtype: torch.dtype = torch.float32,
     name: str = "",
-) -> LowRank:
+) -> FactoredSuperposition:
     """Merge task matrices as `mergekit_stf.core.superpose.superpose` does, and keep the factors.
 
     ``M = Σ_k α_k u_k v_kᵀ`` (the paper's equation 2) comes as ``U diag(α)`` and ``Vᵀ``, of rank
@@ -129,7 +148,7 @@ def superpose_factors(
         found = [_features(matrix, rank, source_dtype, name) for matrix in matrices]
         features = [f for f in _of_one_type(found) if f.rank]
         if not features:
-            return LowRank(found[0].U[:, :0], found[0].Vh[:0])
+            return FactoredSuperposition(LowRank(found[0].U[:, :0], found[0].Vh[:0]), None)
         solution = solve(features, ridge)
         if not solution.converged:
             warnings.warn(
@@ -139,7 +158,8 @@ def superpose_factors(
                 stacklevel=2,
             )
         parts = zip(features, solution.alpha, strict=True)
-        return sum_of([LowRank(f.U * alpha, f.Vh) for f, alpha in parts])
+        M = sum_of([LowRank(f.U * alpha, f.Vh) for f, alpha in parts])
+        return FactoredSuperposition(M, solution)
 
 
 def _features(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank, truncated
-from mergekit_stf.host.adapter_merge import merge_weight
+from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_plan import AdapterPlan, TouchedWeight
 from mergekit_stf.host.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
@@ -47,7 +47,7 @@ class Module:
 
 
 def write_adapter(
-    plan: AdapterPlan, base: ModelReference, out: Path, max_rank: int | None = None
+    merger: AdapterMerger, base: ModelReference, out: Path, max_rank: int | None = None
 ) -> list[Module]:
     """Write one LoRA adapter that changes the base as the merge does, lambda included.
 
@@ -55,7 +55,7 @@ def write_adapter(
     of its updates.
 
     Args:
-        plan: what the adapters change.
+        merger: merges what the adapters change.
         base: the base as the recipe names it, for the adapter's configuration.
         out: an existing directory.
         max_rank: the rank to which every larger module is truncated.
@@ -66,8 +66,8 @@ def write_adapter(
     """
     tensors: dict[str, Tensor] = {}
     modules: list[Module] = []
-    for stored, touched in plan.touched.items():
-        matrix = _factors(plan, stored, touched, max_rank)
+    for stored, touched in merger.plan.touched.items():
+        matrix = _factors(merger, stored, touched, max_rank)
         if matrix is None:
             continue
         module, matrix = _shortened(touched.planned.name.removesuffix(".weight"), matrix, max_rank)
@@ -77,7 +77,7 @@ def write_adapter(
     if not modules:
         raise STFError("the merge changes nothing, so there is no adapter to write")
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_config(_config(plan, base, modules), out / CONFIG_FILE)
+    _write_config(_config(merger.plan, base, modules), out / CONFIG_FILE)
     return modules
 
 
@@ -88,13 +88,13 @@ def total_error(modules: Sequence[Module]) -> float:
 
 
 def _factors(
-    plan: AdapterPlan, stored: str, touched: TouchedWeight, max_rank: int | None
+    merger: AdapterMerger, stored: str, touched: TouchedWeight, max_rank: int | None
 ) -> LowRank | None:
     planned = touched.planned
     if len(planned.header.shape) != 2 or not planned.name.endswith(".weight"):
         raise STFError(f"{planned.name}: no adapter can hold it; write a full model instead")
-    loader = LoaderCache().get(plan.base)
-    delta = merge_weight(touched, lambda: loader.get_tensor(stored))
+    loader = LoaderCache().get(merger.plan.base)
+    delta = merger.delta(stored, lambda: loader.get_tensor(stored))
     if isinstance(delta, Tensor):
         delta = LowRank(delta.double(), torch.eye(delta.shape[1], dtype=torch.float64))
     if delta is None or max_rank is not None or delta.rank <= _rank_sum(touched):

@@ -27,10 +27,12 @@ class Change:
     """What one adapter does to one weight; where both are set, the differences add up.
 
     Attributes:
+        source: the adapter.
         factors: a low-rank update in the orientation of the stored weight.
         replaced: a tensor that takes the weight's place.
     """
 
+    source: str
     factors: LowRank | None
     replaced: Tensor | None
 
@@ -139,7 +141,7 @@ def _change(adapter: Adapter, name: str, weight: PlannedWeight, transposed: bool
                 f"{adapter.source}: {name} is {tuple(found.shape)}, the base's is {shape}; "
                 "the adapter belongs to another base, or its vocabulary was resized"
             )
-    return Change(factors, replaced)
+    return Change(adapter.source, factors, replaced)
 
 
 def _transposed(

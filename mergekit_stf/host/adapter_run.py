@@ -8,6 +8,7 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from mergekit_stf.host.adapter_file import Module, write_adapter
+from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_model import write_model
 from mergekit_stf.host.adapter_plan import plan_adapters
 from mergekit_stf.host.adapter_recipe import base_of
@@ -24,11 +25,14 @@ class AdapterMerge:
         adapters: how many were merged.
         weights: how many weights of the base they change.
         modules: those of the written adapter, none for a full model.
+        damped: the weights whose adapters ask for contradicting responses to nearly the same
+            features, which were damped, and the pairs of adapters that are near-duplicates there.
     """
 
     adapters: int
     weights: int
     modules: tuple[Module, ...]
+    damped: dict[str, list[tuple[str, str]]]
 
 
 def merge_to_model(
@@ -46,11 +50,11 @@ def merge_to_model(
         STFError: the recipe, an adapter or ``out`` is not what it must be.
     """
     with Workspace(out, force) as work:
-        plan = plan_adapters(recipe.config, options)
-        write_model(plan, recipe.config, options, work.output)
+        merger = AdapterMerger(plan_adapters(recipe.config, options))
+        write_model(merger, recipe.config, options, work.output)
         _write_recipe(recipe, work.output)
         work.publish()
-    return AdapterMerge(len(plan.adapters), len(plan.touched), ())
+    return _outcome(merger, [])
 
 
 def merge_to_adapter(
@@ -75,11 +79,16 @@ def merge_to_adapter(
         STFError: as `merge_to_model`, or a weight that no adapter of that rank can hold.
     """
     with Workspace(out, force) as work:
-        plan = plan_adapters(recipe.config, options)
-        modules = write_adapter(plan, base_of(recipe.config), work.output, max_rank)
+        merger = AdapterMerger(plan_adapters(recipe.config, options))
+        modules = write_adapter(merger, base_of(recipe.config), work.output, max_rank)
         _write_recipe(recipe, work.output)
         work.publish()
-    return AdapterMerge(len(plan.adapters), len(plan.touched), tuple(modules))
+    return _outcome(merger, modules)
+
+
+def _outcome(merger: AdapterMerger, modules: list[Module]) -> AdapterMerge:
+    plan = merger.plan
+    return AdapterMerge(len(plan.adapters), len(plan.touched), tuple(modules), merger.damped)
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-import torch
 from mergekit.common import ModelPath
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank
 from mergekit_stf.host.adapter_config import AdapterConfig, read_config
+from mergekit_stf.host.method import check_finite
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -78,6 +78,7 @@ def read_adapter(path: ModelPath, cache_dir: str | None = None) -> Adapter:
         if not key.startswith(PREFIX):
             raise STFError(f"{folder}: {key}: not a name of PEFT, which start with {PREFIX!r}")
         name = key.removeprefix(PREFIX)
+        check_finite(name, [(str(folder), tensor)])
         match = _FACTOR.fullmatch(name)
         if match:
             factors.setdefault(match["module"], {})[match["kind"]] = tensor
@@ -134,6 +135,4 @@ def _update(parts: dict[str, Tensor], config: AdapterConfig, module: str, where:
         raise STFError(
             f"{where}: {module}: {found}, but {CONFIG_FILE} says rank {config.rank(module)}"
         )
-    if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-        raise STFError(f"{where}: {module}: a factor has values that are not finite")
     return Update(LowRank(B.double() * config.scale(module), A.double()), embedding)

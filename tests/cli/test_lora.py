@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.main import main
 from tests.host import peft_adapters as made
@@ -90,3 +92,18 @@ def test_force_replaces_and_quiet_says_nothing(config: Path, tmp_path: Path) -> 
     result = run(config, out, "--adapter", "--force", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
     assert not (out / "old").exists()
+
+
+def test_damped_weights_are_said_aloud(config: Path, tmp_path: Path) -> None:
+    content = made.yaml.safe_load(config.read_text())
+    first = content["models"][0]["model"]
+    noisy = shutil.copytree(first.partition("+")[2], tmp_path / "noisy")
+    stored = load_file(noisy / "adapter_model.safetensors")
+    torch.manual_seed(5)
+    noised = {k: 1.05 * v + 1e-3 * torch.randn_like(v) for k, v in stored.items()}
+    save_file(noised, noisy / "adapter_model.safetensors")
+    content["models"] = [{"model": first}, {"model": f"{content['base_model']}+{noisy}"}]
+    result = run(made.write(content, tmp_path / "recipe.yml"), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "weights were ill-posed and damped" in result.output
+    assert f"adapter1 and {noisy} ask for contradicting" in result.output

@@ -60,14 +60,14 @@ def test_zero_factors_have_no_features() -> None:
 @pytest.mark.parametrize("tasks", [1, 2, 3, 6])
 def test_superposition_in_factors_is_algorithm_1(tasks: int) -> None:
     matrices = [matrix(seed, size=1 + seed) for seed in range(tasks)]
-    merged = superpose_factors(matrices)
+    merged = superpose_factors(matrices).M
     assert merged.rank == 4 * tasks
     assert difference(merged.dense(), algorithm_1([low.dense() for low in matrices])) < 1e-6
 
 
 def test_every_constraint_is_met() -> None:
     matrices = [matrix(seed) for seed in range(3)]
-    M = superpose_factors(matrices).dense()
+    M = superpose_factors(matrices).M.dense()
     for low in matrices:
         U, s, Vh = factored_svd(low)
         assert torch.allclose(((U.T @ M) * Vh).sum(1)[:4], s[:4], rtol=1e-6)
@@ -75,25 +75,25 @@ def test_every_constraint_is_met() -> None:
 
 def test_whole_and_factored_matrices_mix() -> None:
     factored, whole = matrix(1), torch.randn(40, 28, generator=torch.Generator().manual_seed(2))
-    merged = superpose_factors([factored, whole])
+    merged = superpose_factors([factored, whole]).M
     assert difference(merged.dense(), algorithm_1([factored.dense(), whole])) < 1e-5
 
 
 def test_rank_keeps_leading_features() -> None:
     matrices = [matrix(seed, r=8) for seed in range(2)]
-    merged = superpose_factors(matrices, rank=3)
+    merged = superpose_factors(matrices, rank=3).M
     assert merged.rank == 6
     assert difference(merged.dense(), algorithm_1([low.dense() for low in matrices], 3)) < 1e-6
 
 
 def test_ridge_is_added_to_the_diagonal() -> None:
     low = matrix(3)
-    assert difference(superpose_factors([low], ridge=0.25).dense(), low.dense() / 1.25) < 1e-6
+    assert difference(superpose_factors([low], ridge=0.25).M.dense(), low.dense() / 1.25) < 1e-6
 
 
 def test_only_zero_matrices_merge_to_zero() -> None:
     zero = LowRank(torch.zeros(5, 2), torch.randn(2, 4))
-    merged = superpose_factors([zero, zero])
+    merged = superpose_factors([zero, zero]).M
     assert merged.rank == 0
     assert torch.equal(merged.dense(), torch.zeros(5, 4, dtype=torch.float64))
 
@@ -111,6 +111,8 @@ def test_norm_and_transposition_do_not_need_the_product() -> None:
     low = matrix(4)
     assert low.norm == pytest.approx(float(torch.linalg.norm(low.dense())))
     assert torch.equal(low.transposed.dense(), low.dense().T)
+    other = matrix(5)
+    assert low.inner(other) == pytest.approx(float((low.dense() * other.dense()).sum()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

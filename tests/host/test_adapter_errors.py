@@ -18,7 +18,6 @@ from tests.host import peft_adapters as made
 from tests.host.models import llama, save_model
 from tests.host.test_adapters import merged
 
-
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 
 
@@ -77,7 +76,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t[Q + "A.weight"].fill_(float("nan")), "not finite"),
+        (lambda t: t[Q + "A.weight"].fill_(float("nan")), "NaN or infinite"),
         (lambda t: t.pop(Q + "A.weight"), "needs ['A', 'B']"),
         (lambda t: rename(t, Q + "A.weight", "some.name"), "not a name of PEFT"),
         (lambda t: rename(t, Q + "A.weight", Q + "magnitude_vector"), "magnitude_vector"),

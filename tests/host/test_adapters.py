@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_stf.host.adapter_file import total_error
@@ -22,7 +24,6 @@ from tests.host.models import gpt2, llama, save_model
 
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
 IDS = torch.arange(10).unsqueeze(0)
-
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +264,48 @@ def test_types_and_shards_of_the_output(
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert settings["dtype"] == "float16"
     made.load(tmp_path / "out")
+
+
+def test_small_updates_keep_their_value(llama_base: Path, tmp_path: Path) -> None:
+    """A full copy in float32 would round an update of this size to 1e-3 of itself."""
+    adapters = [
+        made.save_adapter(
+            llama_base, tmp_path / f"s{seed}", seed, target_modules=["q_proj"], lora_alpha=1e-4
+        )
+        for seed in (1, 2, 3)
+    ]
+    content = made.recipe(
+        llama_base, made.on_base(llama_base, adapters), parameters={"lambda": 1.0}
+    )
+    merged(content, tmp_path / "out", adapter=True)
+    name, weight = "model.layers.0.self_attn.q_proj", load_file(llama_base / "model.safetensors")
+    deltas = [product(adapter, name) * 1e-4 / 3 for adapter in adapters]
+    expected = torch.from_numpy(oracle.superpose([delta.numpy() for delta in deltas]))
+    assert torch.linalg.norm(expected) < 1e-3 * torch.linalg.norm(weight[f"{name}.weight"])
+    assert_equal({name: product(tmp_path / "out", name)}, {name: expected}, 1e-5)
+
+
+def product(adapter: Path, module: str) -> Tensor:
+    """Return ``B A`` of a module in float64."""
+    stored = load_file(adapter / "adapter_model.safetensors")
+    A, B = (stored[f"base_model.model.{module}.lora_{kind}.weight"].double() for kind in "AB")
+    return B @ A
+
+
+def test_contradicting_adapters_are_damped_and_named(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    """An adapter and a copy with a little noise: the exact answer would be a hundred times both."""
+    first, noisy = llama_adapters[0], tmp_path / "noisy"
+    shutil.copytree(first, noisy)
+    stored = load_file(noisy / "adapter_model.safetensors")
+    torch.manual_seed(5)
+    for tensor in stored.values():
+        tensor.mul_(1.05).add_(1e-3 * torch.randn_like(tensor))
+    save_file(stored, noisy / "adapter_model.safetensors")
+    content = made.recipe(llama_base, made.on_base(llama_base, [first, noisy]))
+    done = merged(content, tmp_path / "native")
+    expected = full_route(llama_base, [first, noisy], tmp_path / "full")
+    assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+    assert done.damped
+    assert {pair for pairs in done.damped.values() for pair in pairs} == {(str(first), str(noisy))}
