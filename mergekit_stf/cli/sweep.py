@@ -1,0 +1,154 @@
+"""``mergekit-stf sweep``: one ordinary merge for every value, the decompositions done once."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from mergekit_stf.cli._sweep.evaluate import Evaluation, evaluate
+from mergekit_stf.cli._sweep.table import Row, lines, write_best, write_table
+from mergekit_stf.cli.merge import size
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.grid import Point, parse_values, points, replaced
+from mergekit_stf.host.lock import FILE_NAME, read_lock
+from mergekit_stf.host.merging import StoreOptions, merge
+from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.host.store import DEFAULT_SIZE
+
+
+def values_of(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    """Return the numbers of a list, or of a range with its last value and its step."""
+    try:
+        return None if value is None else parse_values(value)
+    except STFError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command("sweep", cls=PrettyPrintHelp)
+@click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--lambda",
+    "lambdas",
+    callback=values_of,
+    metavar="VALUES",
+    help="Values of lambda, e.g. 0.4:1.2:0.1.",
+)
+@click.option(
+    "--density",
+    callback=values_of,
+    metavar="VALUES",
+    help="Values of density for every model, e.g. 0.1,0.2.",
+)
+@click.option("--rank", callback=values_of, metavar="VALUES", help="Values of rank, e.g. 0.2,1.")
+@click.option(
+    "--eval",
+    "command_line",
+    metavar="COMMAND",
+    help="Run this on every point; {out} becomes its folder. The last line that it prints must "
+    "end with a number.",
+)
+@click.option("--lower-is-better", is_flag=True, help="The number is a loss.  [default: a score]")
+@click.option("--keep-store", is_flag=True, help="Keep merged matrices for a later sweep.")
+@click.option(
+    "--store-size",
+    callback=size,
+    default=f"{DEFAULT_SIZE // 10**9}G",
+    show_default=True,
+    help="Most bytes that the store may take.",
+)
+@add_merge_options  # type: ignore[untyped-decorator]
+def command(
+    merge_options: MergeOptions,
+    config_file: Path,
+    out: Path,
+    lambdas: tuple[float, ...] | None,
+    density: tuple[float, ...] | None,
+    rank: tuple[float, ...] | None,
+    command_line: str | None,
+    lower_is_better: bool,
+    keep_store: bool,
+    store_size: int,
+) -> None:
+    """Merge CONFIG once for every value of a grid, into one folder each under OUT.
+
+    Each folder is what ``mergekit-stf merge`` makes of the recipe with that value, byte for
+    byte. The merged matrix does not depend on lambda, so a sweep over lambda decomposes once;
+    one over density or rank decomposes once for each of these. A point that is there already is
+    not merged again, so that an interrupted sweep goes on where it was.
+
+    \b
+    Examples:
+      mergekit-stf sweep config.yml out/ --lambda 0.4:1.2:0.1
+      mergekit-stf sweep config.yml out/ --lambda 0.6,0.8,1 --density 0.1,0.2,1 \\
+          --eval "python score.py {out}"
+    """
+    given = {"lambda": lambdas, "density": density, "rank": rank}
+    values = {name: numbers for name, numbers in given.items() if numbers is not None}
+    if not values:
+        raise click.UsageError("give at least one of --lambda, --density and --rank")
+    recipe = load_recipe(config_file)
+    merge_options.apply_global_options()
+    for name in replaced(recipe, list(values)):
+        click.echo(f"Warning: {name} of single models or layers is replaced by the sweep", err=True)
+    store = StoreOptions(out / ".store", store_size)
+    evaluation = Evaluation(command_line, lower_is_better) if command_line else None
+    rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
+    if not keep_store:
+        shutil.rmtree(out / ".store", ignore_errors=True)
+    _finish(rows, out, evaluation)
+
+
+def _sweep(
+    grid: Sequence[Point],
+    out: Path,
+    options: MergeOptions,
+    store: StoreOptions,
+    evaluation: Evaluation | None,
+) -> list[Row]:
+    rows = []
+    for number, point in enumerate(grid, start=1):
+        folder = out / point.name
+        started = time.perf_counter()
+        if _is_done(folder, point):
+            state = "is there already"
+        else:
+            merge(point.recipe, folder, options, store)
+            state = f"merged in {time.perf_counter() - started:.1f} s"
+        row = Row(point, folder, evaluate(evaluation, folder)) if evaluation else Row(point, folder)
+        rows.append(row)
+        if not options.quiet:
+            scored = f", score {row.score:g}" if evaluation else ""
+            click.echo(f"[{number}/{len(grid)}] {folder} {state}{scored}")
+    return rows
+
+
+def _is_done(folder: Path, point: Point) -> bool:
+    if not (folder / FILE_NAME).exists():
+        return False
+    if read_lock(folder).recipe == point.recipe.text:
+        return True
+    raise STFError(f"{folder} holds a merge of another recipe; remove it, or name another OUT")
+
+
+def _finish(rows: Sequence[Row], out: Path, evaluation: Evaluation | None) -> None:
+    click.echo(f"{write_table(rows, out)}: {len(rows)} points")
+    if evaluation is None:
+        return
+    for line in lines(rows):
+        click.echo(line)
+    if importlib.util.find_spec("matplotlib") is None:
+        click.echo("no plot: pip install 'mergekit-stf[report]'")
+    else:
+        from mergekit_stf.cli._sweep.plot import write_plot
+
+        click.echo(f"{write_plot(rows, out)}: the scores as a plot")
+    click.echo(f"{write_best(rows, out, evaluation.lower_is_better)}: the best recipe")
