@@ -87,9 +87,7 @@ def _require_extra() -> None:
         raise STFError(f"the report needs {names}: pip install 'mergekit-stf[report]'")
 
 
-def _measure(
-    finished: Finished, sample: int, device: str, quiet: bool
-) -> Sequence[Preservation]:
+def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> Sequence[Preservation]:
     from mergekit_stf.cli._report.sample import spread
 
     weights = {weight.name: weight for weight in finished.weights()}

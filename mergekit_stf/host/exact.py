@@ -22,7 +22,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.loading import ParameterNames, hollow_model
 
 
-class ExactArchitecture(ModuleArchitecture):  # type: ignore[misc]
+class ExactArchitecture(ModuleArchitecture):
     """All weights of a class of transformers, as its configuration makes them."""
 
     def name(self) -> str:

@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
-class OrderedConfiguration(MergeConfiguration):  # type: ignore[misc]
+class OrderedConfiguration(MergeConfiguration):
     """A recipe whose models come in an order that no hash seed changes.
 
     The host iterates over a set of them where it writes the card and builds a vocabulary.
