@@ -67,7 +67,7 @@ def solve(
     s = torch.cat([f.s for f in features]).double()
     sizes = [f.rank for f in features]
     scale = float(torch.linalg.vector_norm(s))
-    krylov = Lanczos(operator or gram(features), s / scale)
+    krylov = Lanczos(operator or gram(features), s / scale, RESIDUAL[features[0].s.dtype])
     outcome = _damped(krylov) if ridge is None else _shifted(krylov, ridge)
     alpha = torch.split(krylov.expand(outcome.coefficients) * scale, sizes)
     return Solution(
@@ -89,8 +89,9 @@ class Lanczos:
     beside the product with G. T lives on the CPU.
     """
 
-    def __init__(self, operator: Gram, start: Tensor) -> None:
+    def __init__(self, operator: Gram, start: Tensor, tolerance: float) -> None:
         self.operator = operator
+        self.tolerance = tolerance
         self.basis = start.new_empty(16, start.numel())
         self.basis[0] = start
         self.steps = 0
@@ -109,7 +110,7 @@ class Lanczos:
         diagonal, beta = torch.stack([first[k] + second[k], length]).tolist()
         self.T[k, k] = diagonal
         self.steps += 1
-        if beta > RESIDUAL * self.T[0, 0].abs().clamp(min=RESIDUAL):
+        if beta > self.tolerance * self.T[0, 0].abs().clamp(min=self.tolerance):
             self.T[k, k + 1] = self.T[k + 1, k] = beta
             self._append(w / beta)
             return float(beta)
@@ -162,8 +163,8 @@ def _shifted(krylov: Lanczos, ridge: float) -> _Outcome:
         beta = krylov.step()
         y = krylov.function(lambda x: 1 / (x.clamp(min=0) + ridge).clamp(min=1e-14))
         residual = beta * abs(float(y[-1]))
-        if residual <= RESIDUAL or not beta or krylov.steps == MAX_ITERATIONS:
-            return _Outcome(y, residual, residual <= RESIDUAL)
+        if residual <= krylov.tolerance or not beta or krylov.steps == MAX_ITERATIONS:
+            return _Outcome(y, residual, residual <= krylov.tolerance)
 
 
 def _damped(krylov: Lanczos) -> _Outcome:
@@ -172,7 +173,7 @@ def _damped(krylov: Lanczos) -> _Outcome:
         beta = krylov.step()
         y = krylov.function(lambda x: 1 / x.clamp(min=1e-14))
         residual = beta * abs(float(y[-1]))
-        solved = residual <= RESIDUAL or not beta
+        solved = residual <= krylov.tolerance or not beta
         if solved or krylov.energy() >= ILL_POSED or krylov.steps == MAX_ITERATIONS:
             break
     cutoff = damping(krylov.energy())
@@ -184,7 +185,7 @@ def _damped(krylov: Lanczos) -> _Outcome:
         y = krylov.function(lambda x: damped_inverse(x, cutoff))
         change = y.clone()
         change[:-1] -= previous
-        if float(torch.linalg.vector_norm(change)) <= RESIDUAL:
+        if float(torch.linalg.vector_norm(change)) <= krylov.tolerance:
             return _Outcome(y, _residual(krylov, y), True, cutoff)
         previous = y
     return _Outcome(previous, _residual(krylov, previous), not beta, cutoff)

@@ -1,10 +1,12 @@
 """Every tolerance of the engine, with its reason."""
 
+import torch
+
 RANK = 1e-6
 """A triple with ``s_k <= RANK * s_1`` is rounding noise of the decomposition, not a feature."""
 
-RESIDUAL = 2e-7
-"""The solve stops when ``|G alpha - s| <= RESIDUAL * |s|``, the rounding of float32 products."""
+RESIDUAL = {torch.float32: 2e-7, torch.float64: 1e-14}
+"""The solve stops when ``|G alpha - s| <= RESIDUAL * |s|``, near the rounding of its products."""
 
 MAX_ITERATIONS = 400
 """Lanczos steps before the solve gives up; well-posed systems need 5 to 15."""

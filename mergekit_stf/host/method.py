@@ -7,45 +7,33 @@ Algorithm 2 to what is no linear map, adds ``lambda M`` to the base and rounds o
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from mergekit.merge_methods.base import (
     BasePolicy,
+    BatchOptions,
     GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     TensorGroup,
 )
+from mergekit.merge_methods.dtype import align_dtype
 from mergekit.merge_methods.registry import register as register_with_host
 from mergekit.merge_methods.registry import registered_methods
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from mergekit_stf.core import Report, STFError, superpose, trim
-from mergekit_stf.host import coverage, diagnostics, notices, store
+from mergekit_stf.core import Report, STFError, superpose
+from mergekit_stf.host import architectures, coverage, diagnostics, notices, store
 from mergekit_stf.host.parameters import PARAMETERS
 from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.tasks import Task, check_finite, check_type, deltas, ordered, same_bits
 
 NAME = "stf"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One tuned model's version of a weight.
-
-    Attributes:
-        label: the model, as errors and reports name it.
-        tuned: its tensor, in the type that the host aligned all inputs to.
-        weight: scales the task matrix.
-        density: fraction of the task matrix that trimming keeps.
-    """
-
-    label: str
-    tuned: Tensor
-    weight: float
-    density: float
+REPORTS = TypeAdapter(list[Report])
+"""Reads and writes the reports that the store keeps beside a matrix."""
 
 
 class SuperposeTaskFeatures(GroupMergeMethod):
@@ -97,92 +85,66 @@ class SuperposeTaskFeatures(GroupMergeMethod):
         Raises:
             STFError: an input is not finite, or its type cannot be merged.
         """
-        name = group.metadata.name or "a weight without a name"
-        notices.ignored(parameters)
-        base: Tensor = group.base.tensor
-        tasks = ordered(group, parameters["weight"], parameters["density"])
-        changed = [not torch.equal(task.tuned, base) for task in tasks]
-        if not any(changed) or parameters["rule"] == "base":
-            check_finite(name, [("base_model", base), *((t.label, t.tuned) for t in tasks)])
-            return base
+        return merge_weight(group, parameters, group.base.tensor.dtype)
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Merge group by group, rounding once, to ``out_dtype`` where the caller gives one."""
+        results = []
+        for group, bound, dtype in zip(groups, parameters, input_dtypes, strict=True):
+            aligned = align_dtype(group, dtype)
+            base = aligned.base.tensor
+            with torch.autocast(device_type=base.device.type, enabled=False):
+                results.append(merge_weight(aligned, bound, out_dtype or base.dtype))
+        return tuple(results)
+
+
+def merge_weight(
+    group: TensorGroup, parameters: Mapping[str, Any], out_dtype: torch.dtype
+) -> Tensor:
+    """Check one weight's inputs, merge them by their rule, and record what was done."""
+    name = group.metadata.name or "a weight without a name"
+    notices.ignored(parameters)
+    base: Tensor = group.base.tensor
+    tasks = ordered(group, parameters["weight"], parameters["density"])
+    unchanged = all(same_bits(task.tuned, base) for task in tasks)
+    if not unchanged:
         check_type(name, base.dtype)
+    if base.dtype.itemsize > 1:
         check_finite(name, [("base_model", base), *((t.label, t.tuned) for t in tasks)])
-        rule = parameters["rule"]
-        if rule == "auto":
-            rule = rule_for(name, base.shape, group.metadata.vocabulary_axis)
-        started = time.perf_counter()
-        merged, reports = merge(name, base, tasks, rule, parameters)
-        notices.ill_posed(name, [task.label for task in tasks], reports)
-        recorder = diagnostics.active()
-        if recorder is not None:
-            recorder.record(
-                name=name,
-                rule=rule,
-                shape=list(base.shape),
-                models=[task.label for task in tasks],
-                seconds=time.perf_counter() - started,
-                device=base.device,
-                reports=reports,
-            )
-        return merged
-
-
-def ordered(
-    group: TensorGroup, weights: Mapping[Hashable, float], densities: Mapping[Hashable, float]
-) -> list[Task]:
-    """Return the tuned tensors in an order that does not depend on the recipe's.
-
-    Sums round differently in another order, and the order of models in a recipe means nothing to
-    STF: so that it costs no byte either, tasks are sorted by an integer checksum of their tensors.
-    """
-    tasks = [
-        Task(str(entry.id), entry.tensor, weights[entry.id], densities[entry.id])
-        for entry in group.non_base
-    ]
-    if len(tasks) < 2:
-        return tasks
-    return sorted(tasks, key=lambda task: (checksum(task.tuned), task.weight, task.density))
-
-
-def checksum(x: Tensor) -> int:
-    """Return the sum of a tensor's bit patterns as integers, the same on every device."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = x.detach().contiguous().view(-1).view(integers[x.element_size()])
-    return int(bits.sum(dtype=torch.int64))
-
-
-def check_type(name: str, dtype: torch.dtype) -> None:
-    """Refuse types that cannot hold a merged weight.
-
-    Raises:
-        STFError: the weight is quantised.
-    """
-    if dtype.itemsize < 2:
-        raise STFError(
-            f"{name}: {str(dtype).removeprefix('torch.')} weights differ between the models and "
-            "cannot be merged; dequantise the checkpoints first, or set `dtype: bfloat16`"
+    if unchanged or parameters["rule"] == "base":
+        return base.to(out_dtype)
+    rule = parameters["rule"]
+    if rule == "auto":
+        rule = rule_for(name, base.shape, group.metadata.vocabulary_axis)
+    started = time.perf_counter()
+    merged, reports = merge(name, base, tasks, rule, parameters)
+    notices.ill_posed(name, [task.label for task in tasks], reports)
+    recorder = diagnostics.active()
+    if recorder is not None:
+        recorder.record(
+            name=name,
+            rule=rule,
+            shape=list(base.shape),
+            models=[task.label for task in tasks],
+            seconds=time.perf_counter() - started,
+            device=base.device,
+            reports=reports,
         )
-
-
-def check_finite(name: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        STFError: with the model and the weight.
-    """
-    for label, x in tensors:
-        if not bool(torch.isfinite(x).all()):
-            count = int(x.numel() - torch.isfinite(x).sum())
-            raise STFError(
-                f"{name}: {label} has {count} entries that are NaN or infinite; "
-                "mend that checkpoint or leave the model out"
-            )
+    return merged.to(out_dtype)
 
 
 def merge(
     name: str, base: Tensor, tasks: Sequence[Task], rule: str, parameters: Mapping[str, Any]
 ) -> tuple[Tensor, list[Report]]:
-    """Return the merged weight in the type of ``base``, and the reports of its superpositions."""
+    """Return the merged weight, not yet rounded, and the reports of its superpositions."""
     compute = torch.promote_types(base.dtype, torch.float32)
     reports: list[Report] = []
     if rule == "superpose":
@@ -192,17 +154,7 @@ def merge(
         M, scale = added(base, tasks, compute), 1 / len(tasks)
     else:
         M, scale = added(base, tasks, compute), parameters["lambda"]
-    return torch.add(base.to(compute), M, alpha=scale).to(base.dtype), reports
-
-
-def deltas(base: Tensor, tasks: Sequence[Task], compute: torch.dtype) -> Iterator[Tensor]:
-    """Yield the task matrices ``w_i (P_i - P0)``, trimmed, one at a time (Algorithm 2, 4-5)."""
-    reference = base.to(compute)
-    for task in tasks:
-        delta = task.tuned.to(compute) - reference
-        if task.weight != 1:
-            delta.mul_(task.weight)
-        yield trim(delta, task.density)
+    return torch.add(base.to(compute), M, alpha=scale), reports
 
 
 def added(base: Tensor, tasks: Sequence[Task], compute: torch.dtype) -> Tensor:
@@ -238,9 +190,9 @@ def merged_matrix(
     key = shelf.key([base, *(task.tuned for task in tasks)], options)
     kept = shelf.get(key)
     if kept is not None:
-        return kept.to(base.device), []
+        return kept.to(base.device), REPORTS.validate_json(shelf.note(key))
     M, reports = superposed(name, base, tasks, compute, parameters)
-    shelf.put(key, M)
+    shelf.put(key, M, REPORTS.dump_json(reports).decode())
     return M, reports
 
 
@@ -273,7 +225,8 @@ def superposed(
 
 
 def register() -> None:
-    """Make ``stf`` known to mergekit; a second call does nothing."""
+    """Make ``stf`` and our architecture tables known to mergekit; a second call does nothing."""
+    architectures.register()
     if any(method.spec.name == NAME for method in registered_methods()):
         return
     register_with_host(SuperposeTaskFeatures())

@@ -1,0 +1,100 @@
+"""A weight as the tuned models have it: checked, in a fixed order, as task matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from mergekit.merge_methods.base import TensorGroup
+from torch import Tensor
+
+from mergekit_stf.core import STFError, trim
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tuned model's version of a weight.
+
+    Attributes:
+        label: the model, as errors and reports name it.
+        tuned: its tensor, in the type that the host aligned all inputs to.
+        weight: scales the task matrix.
+        density: fraction of the task matrix that trimming keeps.
+    """
+
+    label: str
+    tuned: Tensor
+    weight: float
+    density: float
+
+
+def ordered(
+    group: TensorGroup, weights: Mapping[Hashable, float], densities: Mapping[Hashable, float]
+) -> list[Task]:
+    """Return the tuned tensors in an order that does not depend on the recipe's.
+
+    Sums round differently in another order, and the order of models in a recipe means nothing to
+    STF: so that it costs no byte either, tasks are sorted by an integer checksum of their tensors.
+    """
+    tasks = [
+        Task(str(entry.id), entry.tensor, weights[entry.id], densities[entry.id])
+        for entry in group.non_base
+    ]
+    if len(tasks) < 2:
+        return tasks
+    return sorted(tasks, key=lambda task: (checksum(task.tuned), task.weight, task.density))
+
+
+def checksum(x: Tensor) -> int:
+    """Return the sum of a tensor's bit patterns as integers, the same on every device."""
+    return int(bit_pattern(x).sum(dtype=torch.int64))
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Say whether two tensors of one type hold the same bits."""
+    return torch.equal(bit_pattern(x), bit_pattern(y))
+
+
+def bit_pattern(x: Tensor) -> Tensor:
+    """Return the entries of a tensor as integers of their own width, flat."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(-1).view(integers[x.element_size()])
+
+
+def check_type(name: str, dtype: torch.dtype) -> None:
+    """Refuse types that cannot hold a merged weight.
+
+    Raises:
+        STFError: the weight is quantised.
+    """
+    if dtype.itemsize < 2:
+        raise STFError(
+            f"{name}: {str(dtype).removeprefix('torch.')} weights differ between the models and "
+            "cannot be merged; dequantise the checkpoints first, or set `dtype: bfloat16`"
+        )
+
+
+def check_finite(name: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        STFError: with the model and the weight.
+    """
+    for label, x in tensors:
+        if not bool(torch.isfinite(x).all()):
+            count = int(x.numel() - torch.isfinite(x).sum())
+            raise STFError(
+                f"{name}: {label} has {count} entries that are NaN or infinite; "
+                "mend that checkpoint or leave the model out"
+            )
+
+
+def deltas(base: Tensor, tasks: Sequence[Task], compute: torch.dtype) -> Iterator[Tensor]:
+    """Yield the task matrices ``w_i (P_i - P0)``, trimmed, one at a time (Algorithm 2, 4-5)."""
+    reference = base.to(compute)
+    for task in tasks:
+        delta = task.tuned.to(compute) - reference
+        if task.weight != 1:
+            delta.mul_(task.weight)
+        yield trim(delta, task.density)
