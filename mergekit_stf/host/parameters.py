@@ -6,17 +6,18 @@ with one word changed. The paper's γ is ``lambda``, its η is ``density``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from mergekit_stf.core.errors import STFError
 
 RULES = ("auto", "superpose", "sum", "mean", "base")
 DEFAULT_LAMBDA = 0.8
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Parameter(ParameterSpec):
 
 def number(value: Any) -> float:
     """Return a finite number; YAML reads ``1e-3`` as a text, which counts as its number."""
-    message = "must be a finite number"
+    message = "must be a finite number that float32 can hold"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(message)
     try:
         converted = float(value)
     except ValueError:
         raise ValueError(message) from None
-    if not math.isfinite(converted):
+    if not abs(converted) <= LARGEST:
         raise ValueError(message)
     return converted
 
