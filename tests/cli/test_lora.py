@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -66,6 +67,8 @@ def test_adapter_is_reproducible(config: Path, tmp_path: Path) -> None:
     assert files == ["adapter_config.json", "adapter_model.safetensors", "mergekit_config.yml"]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    targets = json.loads((tmp_path / "one" / files[0]).read_text())["target_modules"]
+    assert targets == sorted(targets)  # PEFT holds a set, whose order differs between processes
 
 
 def test_truncation_prints_its_error(config: Path, tmp_path: Path) -> None:

@@ -131,6 +131,9 @@ def test_embeddings_biases_and_replaced_weights_equal_the_full_route(tmp_path: P
             base, tmp_path / "a3", 3, target_modules=["lm_head"], modules_to_save=["o_proj"]
         ),
     ]  # fmt: skip
+    stored = load_file(adapters[1] / "adapter_model.safetensors")
+    stored["base_model.model.model.embed_tokens.base_layer.weight"].mul_(1.1)
+    save_file(stored, adapters[1] / "adapter_model.safetensors")
     merged(made.recipe(base, made.on_base(base, adapters)), tmp_path / "native")
     expected = full_route(base, adapters, tmp_path / "full")
     assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
@@ -264,6 +267,21 @@ def test_types_and_shards_of_the_output(
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert settings["dtype"] == "float16"
     made.load(tmp_path / "out")
+
+
+def test_tensors_that_no_table_names_are_copied(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+) -> None:
+    """Old Llama checkpoints store rotary frequencies."""
+    base = shutil.copytree(llama_base, tmp_path / "base")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "ids": torch.arange(3)}
+    save_file(load_file(base / "model.safetensors") | extra, base / "model.safetensors")
+    content = made.recipe(base, [f"{base}+{llama_adapters[0]}"], out_dtype="bfloat16")
+    merged(content, tmp_path / "out")
+    found = made.tensors(tmp_path / "out")
+    (frequencies, numbers) = (found[name] for name in extra)
+    assert torch.equal(frequencies, next(iter(extra.values())).bfloat16())
+    assert torch.equal(numbers, torch.arange(3))
 
 
 def test_small_updates_keep_their_value(llama_base: Path, tmp_path: Path) -> None:
