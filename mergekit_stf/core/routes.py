@@ -28,19 +28,19 @@ def svd(M: Tensor) -> Features:
 
 
 def gram_float64(M: Tensor) -> Features:
-    """Diagonalise ``MᵀM`` in float64; error of the merged matrix near 1e-6 for float32 input."""
+    """Diagonalise ``MᵀM`` in float64; error of the merged matrix below 1e-6 for float32 input."""
     V = torch.linalg.eigh(_gram_float64(M)).eigenvectors.to(M.dtype)
-    return _from_right_vectors(M, V, "gram_float64")
+    return _complete(M @ V, V, "gram_float64")
 
 
 def gram_float32(M: Tensor) -> Features:
     """Diagonalise ``MᵀM`` in the type of ``M``, its blurred tail again by itself.
 
     ``M = U diag(s) Vh`` holds to rounding, but close neighbours stay mixed: the merged matrix
-    moves by about 1e-4. Meant for inputs whose own rounding moves it by more.
+    moves by about 1e-5. Meant for inputs whose own rounding moves it by more.
     """
     V = torch.linalg.eigh(M.mT @ M).eigenvectors
-    return _from_right_vectors(M, _separate_tail(M, V), "gram_float32")
+    return _complete(*_separate_tail(M @ V, V), "gram_float32")
 
 
 def gram_refined(M: Tensor) -> Features:
@@ -51,8 +51,7 @@ def gram_refined(M: Tensor) -> Features:
     remaining rotation, ``E_kl = (BᵀB)_kl / (b_l² - b_k²)`` (Ogita and Aishima 2018 iterate it).
     """
     V = torch.linalg.eigh(M.mT @ M).eigenvectors
-    V = _rotate(M, _separate_tail(M, V))
-    return _from_right_vectors(M, V, "gram_refined")
+    return _complete(*_rotate(*_separate_tail(M @ V, V)), "gram_refined")
 
 
 ROUTES: dict[str, Callable[[Tensor], Features]] = {
@@ -71,45 +70,49 @@ def _gram_float64(M: Tensor) -> Tensor:
     return gram
 
 
-def _separate_tail(M: Tensor, V: Tensor) -> Tensor:
-    """Diagonalise again, within its own span, what the rounding of a larger Gram matrix blurs."""
-    B = M @ V
+def _separate_tail(B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Diagonalise again, within its own span, what the rounding of a larger Gram matrix blurs.
+
+    Args:
+        B: (m, n), the image ``MV``.
+        V: (n, n), orthonormal.
+
+    Returns:
+        B and V after the same rotation, in descending order of the columns of B.
+    """
     order = torch.linalg.vector_norm(B, dim=0).argsort(descending=True)
-    V, B = V[:, order], B[:, order]
+    B, V = B[:, order], V[:, order]
     start, top = 0, torch.linalg.vector_norm(B[:, 0])
     while True:
         length = torch.linalg.vector_norm(B[:, start:], dim=0)
         step = int(torch.count_nonzero(length > TAIL * length[0]))
         if start + step >= V.shape[1] or length[0] <= RANK * top or not step:
-            return V
+            return B, V
         start += step
         tail = B[:, start:]
         R = torch.linalg.eigh(tail.mT @ tail).eigenvectors.flip(1)
-        V[:, start:] = V[:, start:] @ R
         B[:, start:] = tail @ R
+        V[:, start:] = V[:, start:] @ R
 
 
-def _rotate(M: Tensor, V: Tensor) -> Tensor:
+def _rotate(B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Apply one first-order rotation towards the singular basis, and restore orthonormality."""
-    B = M @ V
     gram = B.mT @ B
     square = gram.diagonal().clone()
     excess = torch.eye(V.shape[1], dtype=V.dtype, device=V.device) - V.mT @ V
     E = (gram + square * excess) / (square - square.unsqueeze(1))
     E = torch.where(E.abs() < NEAR, E, excess / 2)
     E.diagonal().copy_(excess.diagonal() / 2)
-    return torch.addmm(V, V, E)
+    return torch.addmm(B, B, E), torch.addmm(V, V, E)
 
 
-def _from_right_vectors(M: Tensor, V: Tensor, route: str) -> Features:
-    """Complete orthonormal right vectors to triples: ``MV = U diag(s)`` column by column.
+def _complete(B: Tensor, V: Tensor, route: str) -> Features:
+    """Complete orthonormal right vectors to triples: ``B = MV = U diag(s)`` column by column.
 
-    Rounding leaves ``eps * s_1`` in each column of ``MV``, much of a short one, and nearly all of
-    it along longer ones: one step of Gram-Schmidt takes it out.
+    Rounding leaves ``eps * s_1`` in each column of B, much of a short one, and nearly all of it
+    along longer ones: one step of Gram-Schmidt takes it out.
     """
-    B = M @ V
-    s = torch.linalg.vector_norm(B, dim=0)
-    s, order = s.sort(descending=True)
+    s, order = torch.linalg.vector_norm(B, dim=0).sort(descending=True)
     kept = int(torch.count_nonzero(s > RANK * s[0]))
     start = int(torch.count_nonzero(s > TAIL * s[0]))
     order, s = order[:kept], s[:kept]
