@@ -30,6 +30,8 @@ VARIABLE = "MERGEKIT_STF_STORE"
 VARIABLE_SIZE = "MERGEKIT_STF_STORE_SIZE"
 DEFAULT_SIZE = 64 * 10**9
 SUFFIX = ".stf.safetensors"
+HEADER = 512
+"""More bytes than an entry's header takes."""
 
 LOG = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ class Store:
         path = self._path(key)
         matrix = matrix.detach().cpu().contiguous()
         with self._lock:
-            if not self._make_room(matrix.nbytes):
+            if not self._make_room(matrix.nbytes + HEADER):
                 return
             self._used.add(path.name)
         metadata = {"key": key, "checksum": _checksum(matrix, note), "note": note}

@@ -125,7 +125,7 @@ def test_size_is_bounded_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     old = Store(tmp_path)
     old.put("01", torch.zeros(100))
     old.put("02", torch.zeros(100))
-    store = Store(tmp_path, size=1400)
+    store = Store(tmp_path, size=1900)
     store.put("03", torch.ones(100))
     assert old.get("01") is None
     assert old.get("02") is not None

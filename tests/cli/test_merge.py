@@ -1,0 +1,257 @@
+"""``mergekit-stf merge``: what it checks, what it writes, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+from mergekit_stf.cli.main import main
+from tests.host.models import Checkpoints, save_family
+
+ENTRIES = "*.stf.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return save_family("llama", tmp_path_factory.mktemp("models"), tasks=2)
+
+
+@pytest.fixture
+def models(shared: Checkpoints, tmp_path: Path) -> Checkpoints:
+    root = tmp_path / "some models"
+    shutil.copytree(shared.base.parent, root)
+    return Checkpoints(root / shared.base.name, tuple(root / t.name for t in shared.tuned))
+
+
+def text_of(
+    models: Checkpoints, extra: str = "", method: str = "stf", reverse: bool = False
+) -> str:
+    tuned = models.tuned[::-1] if reverse else models.tuned
+    listed = "".join(f"  - {{model: {model}, parameters: {{weight: 1.0}}}}\n" for model in tuned)
+    return f"merge_method: {method}\nbase_model: {models.base}\nmodels:\n{listed}{extra}"
+
+
+@pytest.fixture
+def recipe(models: Checkpoints, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yml"
+    path.write_text(text_of(models))
+    return path
+
+
+def merge(recipe: Path, out: Path, *options: object) -> Result:
+    return CliRunner().invoke(main, ["merge", str(recipe), str(out), *map(str, options)])
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    return line.removeprefix("Error: ")
+
+
+def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["stf", "ties"])
+def test_the_weights_are_those_of_the_host(
+    models: Checkpoints, tmp_path: Path, method: str
+) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(text_of(models, "parameters: {lambda: 0.9}\n", method))
+    result = merge(recipe, tmp_path / "deep" / "out")
+    assert result.exit_code == 0, result.output
+    settings = {"merge_method": method, "base_model": str(models.base)}
+    settings["models"] = [{"model": str(m), "parameters": {"weight": 1.0}} for m in models.tuned]
+    settings["parameters"] = {"lambda": 0.9}
+    plain = MergeConfiguration.model_validate(settings)
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False)
+    run_merge(plain, str(tmp_path / "plain"), options)
+    merged, expected = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "deep" / "out", tmp_path / "plain")
+    )
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert (tmp_path / "deep" / "out" / "mergekit_config.yml").read_text() == recipe.read_text()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_the_order_of_models_costs_no_byte(models: Checkpoints, tmp_path: Path) -> None:
+    for name, reverse in (("a", False), ("b", True)):
+        (tmp_path / f"{name}.yml").write_text(text_of(models, reverse=reverse))
+        assert merge(tmp_path / f"{name}.yml", tmp_path / name).exit_code == 0
+    first, second = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_an_output_is_not_overwritten_unless_told(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert merge(recipe, out).exit_code == 0
+    before = (out / "model.safetensors").read_bytes()
+    assert refused(merge(recipe, out)).endswith(
+        "is there already; name another folder, or say --force"
+    )
+    recipe.write_text(recipe.read_text() + "parameters: {lambda: 0.1}\n")
+    (out / "extra").touch()
+    assert merge(recipe, out, "--force").exit_code == 0
+    assert (out / "model.safetensors").read_bytes() != before
+    assert not (out / "extra").exists()
+    (tmp_path / "file").touch()
+    assert refused(merge(recipe, tmp_path / "file", "--force")).endswith("is a file; name a folder")
+
+
+def test_a_failure_leaves_the_old_output_alone(
+    models: Checkpoints, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert merge(recipe, out).exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = load_file(models.tuned[1] / "model.safetensors")[name]
+    tensor[1, 1] = torch.nan
+    change(models.tuned[1], name, tensor)
+    line = refused(merge(recipe, out, "--force"))
+    assert name in line
+    assert "NaN" in line
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_shapes_are_checked_before_the_merge(
+    models: Checkpoints, recipe: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(models.tuned[0], name, torch.zeros(3, 5))
+    line = refused(merge(recipe, tmp_path / "out"))
+    assert line.startswith(f"{name}: {models.tuned[0]} has shape (3, 5), the base has (24, 16)")
+    assert not (tmp_path / "out.stf-work").exists()
+
+
+def test_a_missing_tensor_is_seen_before_the_merge(
+    models: Checkpoints, recipe: Path, tmp_path: Path
+) -> None:
+    change(models.tuned[0], "model.layers.1.mlp.up_proj.weight", None)
+    line = refused(merge(recipe, tmp_path / "out"))
+    assert "model.layers.1.mlp.up_proj.weight" in line
+    assert not (tmp_path / "out.stf-work").exists()
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": "../../secret"}}'])
+def test_a_hostile_index_is_refused(
+    models: Checkpoints, recipe: Path, tmp_path: Path, index: str
+) -> None:
+    (models.tuned[0] / "model.safetensors.index.json").write_text(index)
+    line = refused(merge(recipe, tmp_path / "out"))
+    assert "index.json is damaged" in line or "'../../secret' is no file name inside" in line
+
+
+def test_a_model_without_weights_or_configuration(
+    models: Checkpoints, recipe: Path, tmp_path: Path
+) -> None:
+    (models.base / "config.json").rename(tmp_path / "config.json")
+    assert "config.json" in refused(merge(recipe, tmp_path / "out"))
+    (tmp_path / "config.json").rename(models.base / "config.json")
+    (models.base / "model.safetensors").unlink()
+    line = refused(merge(recipe, tmp_path / "out"))
+    assert (
+        line == f"{models.base} holds no weights; expected model.safetensors or pytorch_model.bin"
+    )
+
+
+def test_a_kept_store_serves_another_lambda(recipe: Path, tmp_path: Path) -> None:
+    result = merge(recipe, tmp_path / "out", "--keep-store")
+    assert "0 matrices found, 14 written" in result.output
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    recipe.write_text(recipe.read_text() + "parameters: {lambda: 0.1}\n")
+    result = merge(recipe, tmp_path / "out", "--force")
+    assert "14 matrices found, 0 written" in result.output
+    assert not (tmp_path / "out.stf-work").exists()
+    assert merge(recipe, tmp_path / "again").exit_code == 0
+    swept, fresh = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert swept.read_bytes() == fresh.read_bytes()
+    assert any(not torch.equal(before[name], x) for name, x in load_file(swept).items())
+
+
+def test_a_small_store_is_said(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = merge(recipe, tmp_path / "out", "--store", tmp_path / "store", "--store-size", "4K")
+    assert result.exit_code == 0, result.output
+    assert caplog.text.count("store is full") == 1
+    assert sum(path.stat().st_size for path in (tmp_path / "store").iterdir()) <= 4000
+
+
+@pytest.mark.parametrize("wrong", ["", "x", "12Q", "-3", "1.5G", "KM"])
+def test_a_size_that_is_none(recipe: Path, tmp_path: Path, wrong: str) -> None:
+    result = merge(recipe, tmp_path / "out", "--store-size", wrong)
+    assert result.exit_code == 2
+    assert "is no size; write for example 500M or 20G" in result.output
+
+
+def test_what_has_no_effect_is_said(
+    models: Checkpoints, recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = "parameters: {rule: [{filter: self_atn, value: sum}], normalize: true}\n"
+    recipe.write_text(text_of(models, extra))
+    result = merge(recipe, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert f"Warning: {recipe}: line 6, parameters.normalize: ignored" in result.output
+    assert "filter 'self_atn' matches no weight, so its value is never used" in caplog.text
+    assert "has no tokenizer, so none is written" in caplog.text
+
+
+def test_little_memory_is_said(
+    recipe: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Little:
+        available = 1000
+
+    monkeypatch.setattr("psutil.virtual_memory", Little)
+    assert merge(recipe, tmp_path / "out").exit_code == 0
+    assert "of memory needed, 1 kB free; --out-shard-size 1B lowers the need" in caplog.text
+
+
+def test_the_card_is_escaped_and_lists_everything(models: Checkpoints, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(text_of(models) + "# ```\n# <script>\n")
+    assert merge(recipe, tmp_path / "<b>out").exit_code == 0
+    card = (tmp_path / "<b>out" / "README.md").read_text()
+    assert "# &lt;b&gt;out\n" in card
+    assert "````yaml\nmerge_method: stf" in card
+    assert card.rstrip().endswith("````")
+    positions = [card.index(f"`{model}`") for model in (models.base, *models.tuned)]
+    assert positions == sorted(positions)
+
+
+def test_the_lock_names_everything(models: Checkpoints, recipe: Path, tmp_path: Path) -> None:
+    assert merge(recipe, tmp_path / "out", "--num-threads", torch.get_num_threads()).exit_code == 0
+    lock = json.loads((tmp_path / "out" / "stf.lock.json").read_text())
+    assert [model["reference"] for model in lock["models"]] == sorted(
+        str(model) for model in (models.base, *models.tuned)
+    )
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert [file["name"] for file in lock["models"][0]["files"]] == names
+    assert [file["name"] for file in lock["outputs"]] == sorted(
+        path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("stf")
+    )
+    assert lock["versions"]["torch"] == torch.__version__
+    assert lock["threads"] == torch.get_num_threads()
+    assert lock["device"] == "cpu"
