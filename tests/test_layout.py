@@ -45,7 +45,7 @@ def layer(name: str) -> str | None:
 def test_every_file_is_seen() -> None:
     assert {path.parts[0] for path, _ in edges() if len(path.parts) > 1} == set(LAYERS)
     names = set(imported(PACKAGE / "host" / "__init__.py"))
-    assert names == {"mergekit.merge_methods"}
+    assert "mergekit.merge_methods" in names
     assert "mergekit_stf.host.method" in set(imported(PACKAGE / "host" / "autoload.py"))
 
 

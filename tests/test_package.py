@@ -106,7 +106,7 @@ def test_an_import_of_ours_is_enough_and_changes_nothing_else(
 
 
 def test_threads_may_import_both_at_once(installed: Environment) -> None:
-    names = ["mergekit.merge_methods", "mergekit_stf", "mergekit.plan", "mergekit"]
+    names = ["mergekit.merge_methods", "mergekit_stf.host.method", "mergekit_stf", "mergekit.plan"]
     code = (
         "from importlib import import_module\nfrom concurrent.futures import ThreadPoolExecutor\n"
         f"with ThreadPoolExecutor(8) as pool: list(pool.map(import_module, {names * 2}))\n"

@@ -31,6 +31,8 @@ def activate() -> None:
 
         register()
     except Exception as error:
+        if type(error).__name__ == "_DeadlockError":
+            return  # another thread imports this package, and calls this function at its end
         found = "of unknown version" if installed is None else installed
         _warn_once(f"mergekit {found} refused it ({type(error).__name__}: {error})")
 
