@@ -19,6 +19,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank
 from mergekit_stf.host.adapter_recipe import FULL_ROUTE, adapter_paths, base_of, on_base
 from mergekit_stf.host.adapters import Adapter, Update, read_adapter
+from mergekit_stf.host.inputs import locate
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 
 
@@ -80,7 +81,8 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     """
     cache = options.transformers_cache
     adapters = tuple(read_adapter(path, cache) for path in adapter_paths(config))
-    local = on_base(config, base_of(config).local_path(cache_dir=cache))
+    local = on_base(config, str(locate(base_of(config).model, cache)))
+    LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
     base = base_of(local)
     planned = dict(_stored(plan_weights(local, options)))
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 from mergekit.common import ModelPath
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank
 from mergekit_stf.host.adapter_config import AdapterConfig, read_config
+from mergekit_stf.host.inputs import locate
 from mergekit_stf.host.tasks import check_finite
 
 CONFIG_FILE = "adapter_config.json"
@@ -70,7 +70,9 @@ def read_adapter(path: ModelPath, cache_dir: str | None = None) -> Adapter:
     Raises:
         STFError: not an adapter that can be merged; the message says what to do.
     """
-    folder = _local(path, cache_dir)
+    folder = locate(path, cache_dir)
+    if not (folder / CONFIG_FILE).is_file():
+        raise STFError(f"{path} is no adapter: it has no {CONFIG_FILE}")
     config = read_config(folder / CONFIG_FILE)
     factors: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
@@ -91,20 +93,6 @@ def read_adapter(path: ModelPath, cache_dir: str | None = None) -> Adapter:
         for module, parts in factors.items()
     }
     return Adapter(str(path), config, updates, replaced)
-
-
-def _local(path: ModelPath, cache_dir: str | None) -> Path:
-    folder = Path(path.path)
-    if not folder.is_dir():
-        patterns = [CONFIG_FILE, WEIGHTS_FILE]
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                path.path, revision=path.revision, cache_dir=cache_dir, allow_patterns=patterns
-            )
-        )
-    if not (folder / CONFIG_FILE).is_file():
-        raise STFError(f"{path} is no adapter: it has no {CONFIG_FILE}")
-    return folder
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
