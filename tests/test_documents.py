@@ -9,6 +9,7 @@ from mergekit import merge_methods
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mergekit_stf.cli.main import COMMANDS
 from mergekit_stf.host.parameters import IGNORED
 from tests.environments import ROOT
 
@@ -28,6 +29,11 @@ def test_the_readme_lists_the_parameters_of_the_method() -> None:
     listed = {name: default.strip("`") for name, _, default in rows}
     spec = merge_methods.get("stf").spec
     assert listed == {p.name: str(p.default) for p in spec.parameters if p.name not in IGNORED}
+
+
+def test_the_readme_lists_the_commands() -> None:
+    table = README.split("## Around the merge")[1].split("## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(COMMANDS)
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
