@@ -70,7 +70,7 @@ def write_adapter(
         matrix = _factors(merger, stored, touched, max_rank)
         if matrix is None:
             continue
-        module, matrix = _shortened(touched.planned.name.removesuffix(".weight"), matrix, max_rank)
+        module, matrix = _shortened(touched.name.removesuffix(".weight"), matrix, max_rank)
         modules.append(module)
         oriented = matrix.transposed if touched.transposed else matrix
         tensors.update(_tensors(module.name, oriented, touched.embedding))
@@ -91,7 +91,7 @@ def _factors(
     merger: AdapterMerger, stored: str, touched: TouchedWeight, max_rank: int | None
 ) -> LowRank | None:
     planned = touched.planned
-    if len(planned.header.shape) != 2 or not planned.name.endswith(".weight"):
+    if len(planned.header.shape) != 2 or not touched.name.endswith(".weight"):
         raise STFError(f"{planned.name}: no adapter can hold it; write a full model instead")
     loader = LoaderCache().get(merger.plan.base)
     delta = merger.delta(stored, lambda: loader.get_tensor(stored))

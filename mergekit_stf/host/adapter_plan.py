@@ -44,12 +44,14 @@ class TouchedWeight:
 
     Attributes:
         planned: its rule and parameters.
+        name: its name in the adapters; transformers renames weights of some checkpoints.
         transposed: PEFT's ``B A`` is the transposed weight (Conv1D of GPT-2, embeddings).
         embedding: PEFT stores its factors as ``lora_embedding_A`` and ``lora_embedding_B``.
         changes: one for each adapter in the order of the recipe, None where it has none.
     """
 
     planned: PlannedWeight
+    name: str
     transposed: bool
     embedding: bool
     changes: tuple[Change | None, ...]
@@ -121,14 +123,15 @@ def _touched(
     weight: PlannedWeight, adapters: tuple[Adapter, ...], conv1d: Callable[[], frozenset[str]]
 ) -> TouchedWeight:
     pairs = [(a, next((n for n in _names(weight) if n in a.weights), None)) for a in adapters]
-    updates = [a.updates.get(name) for a, name in pairs if name is not None]
-    embedding = any(update is not None and update.embedding for update in updates)
-    transposed = any(u is not None and _transposed(u, weight, conv1d) for u in updates)
+    updates = {name: a.updates[name] for a, name in pairs if name in a.updates}
+    embedding = any(update.embedding for update in updates.values())
+    transposed = any(_transposed(update, n, weight, conv1d) for n, update in updates.items())
     changes = tuple(
         None if name is None else _change(adapter, name, weight, transposed)
         for adapter, name in pairs
     )
-    return TouchedWeight(weight, transposed, embedding, changes)
+    name = next(name for _, name in pairs if name is not None)
+    return TouchedWeight(weight, name, transposed, embedding, changes)
 
 
 def _change(adapter: Adapter, name: str, weight: PlannedWeight, transposed: bool) -> Change:
@@ -147,14 +150,14 @@ def _change(adapter: Adapter, name: str, weight: PlannedWeight, transposed: bool
 
 
 def _transposed(
-    update: Update, weight: PlannedWeight, conv1d: Callable[[], frozenset[str]]
+    update: Update, name: str, weight: PlannedWeight, conv1d: Callable[[], frozenset[str]]
 ) -> bool:
     if update.embedding:
         return True
     rows, columns = update.factors.shape
     if rows != columns:
         return weight.header.shape == (columns, rows)
-    return weight.name.rpartition(".")[0] in conv1d()
+    return name.rpartition(".")[0] in conv1d()
 
 
 def _conv1d_modules(base: ModelReference, trust_remote_code: bool) -> frozenset[str]:

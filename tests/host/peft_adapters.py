@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,18 +10,20 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_LINEAR = ["c_attn", "c_proj", "c_fc"]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal model in one type."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    """Load a model in one type, by the class that its configuration names."""
+    model_class = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model: PreTrainedModel = getattr(transformers, model_class).from_pretrained(folder, dtype=dtype)
     return model.eval()
 
 
@@ -28,9 +31,7 @@ def save_adapter(base: Path, out: Path, seed: int, **settings: Any) -> Path:
     """Write an adapter whose factors, and whatever else it trains, are random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(
-            load(base), peft.LoraConfig(**({"r": 3, "task_type": "CAUSAL_LM"} | settings))
-        )
+        model = peft.get_peft_model(load(base), peft.LoraConfig(**({"r": 3} | settings)))
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -20,7 +20,7 @@ from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_
 from mergekit_stf.host.recipe import check_recipe
 from tests import oracle
 from tests.host import peft_adapters as made
-from tests.host.models import gpt2, llama, save_model
+from tests.host.models import gpt2, llama, save_model, vit
 
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
 IDS = torch.arange(10).unsqueeze(0)
@@ -282,6 +282,36 @@ def test_tensors_that_no_table_names_are_copied(
     (frequencies, numbers) = (found[name] for name in extra)
     assert torch.equal(frequencies, next(iter(extra.values())).bfloat16())
     assert torch.equal(numbers, torch.arange(3))
+
+
+def test_checkpoint_with_names_of_its_own(
+    gpt2_base: Path, gpt2_adapters: list[Path], tmp_path: Path
+) -> None:
+    """The published GPT-2 stores ``h.0.attn.c_attn.weight``, PEFT says ``transformer.h.0...``."""
+    base = shutil.copytree(gpt2_base, tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
+    for folder, here in ((tmp_path / "native", base), (tmp_path / "plain", gpt2_base)):
+        merged(made.recipe(here, made.on_base(here, gpt2_adapters)), folder)
+    found, expected = made.tensors(tmp_path / "native"), made.tensors(tmp_path / "plain")
+    assert set(found) == set(renamed)
+    assert_equal({f"transformer.{name}": found[name] for name in found}, expected, 0)
+
+
+def test_adapter_keeps_the_names_of_the_modules(tmp_path: Path) -> None:
+    """Transformers renames the weights of ViT checkpoints when it loads them."""
+    base = save_model(vit(), tmp_path, tasks=0).base
+    adapters = [
+        made.save_adapter(base, tmp_path / f"a{seed}", seed, target_modules=["q_proj", "fc1"])
+        for seed in (1, 2)
+    ]
+    content = made.recipe(base, made.on_base(base, adapters))
+    merged(content, tmp_path / "model")
+    merged(content, tmp_path / "adapter", adapter=True)
+    expected = made.load(tmp_path / "model").state_dict()
+    adapted = made.with_adapter(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert_equal(adapted, expected, 1e-6)
 
 
 def test_small_updates_keep_their_value(llama_base: Path, tmp_path: Path) -> None:
