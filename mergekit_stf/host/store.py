@@ -12,24 +12,29 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 import mergekit_stf
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.files import replacing
+from mergekit_stf.host.files import sync
 
 VARIABLE = "MERGEKIT_STF_STORE"
 VARIABLE_SIZE = "MERGEKIT_STF_STORE_SIZE"
 DEFAULT_SIZE = 64 * 10**9
 SUFFIX = ".stf.safetensors"
+PARTIAL = ".partial-"
+DAY = 86_400.0
 HEADER = 512
 """More bytes than an entry's header takes."""
 
@@ -61,6 +66,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise STFError(f"cannot make the store {folder}: {error.strerror}") from error
+        self._remove_partial(age=DAY)
 
     def key(self, tensors: Sequence[torch.Tensor], options: Mapping[str, object]) -> str:
         """Return the name of the entry for these inputs.
@@ -115,16 +121,20 @@ class Store:
             self._used.add(path.name)
         metadata = {"key": key, "checksum": _checksum(matrix, note), "note": note}
         try:
-            with replacing(path) as temporary:
-                temporary.write_bytes(save({"M": matrix}, metadata))
-        except OSError as error:
+            with TemporaryDirectory(prefix=PARTIAL, dir=self.folder) as folder:
+                temporary = Path(folder) / path.name
+                save_file({"M": matrix}, temporary, metadata)
+                sync(temporary)
+                temporary.replace(path)
+        except (OSError, SafetensorError) as error:
             raise STFError(self._not_written(error)) from error
         with self._lock:
             self.written += 1
 
     def clear(self) -> None:
         """Remove every entry and every leftover, and the folder when nothing else is in it."""
-        for path in self.folder.glob(f"*{SUFFIX}*"):
+        self._remove_partial(age=0)
+        for path in self._entries():
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -172,8 +182,15 @@ class Store:
         LOG.warning("%s is damaged and will be computed again: %s", path, error)
         path.unlink(missing_ok=True)
 
-    def _not_written(self, error: OSError) -> str:
-        full = error.errno == errno.ENOSPC
+    def _remove_partial(self, age: float) -> None:
+        """Remove what killed processes were writing, if it is older than ``age`` seconds."""
+        for path in self.folder.glob(f"{PARTIAL}*"):
+            stat = _stat(path)
+            if stat and time.time() - stat.st_mtime >= age:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _not_written(self, error: Exception) -> str:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "no space left on the disk" if full else str(error)
         return (
             f"cannot write to the store {self.folder}: {reason}; "

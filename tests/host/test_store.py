@@ -3,6 +3,8 @@
 import errno
 import logging
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +145,7 @@ def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(STFError, match="no space left on the disk; free some space and run"):
         store.put("ab", torch.eye(2))
     assert list(store.folder.iterdir()) == []
@@ -151,13 +153,23 @@ def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyP
 
 def test_clear_leaves_what_is_not_ours(store: Store) -> None:
     store.put("ab", torch.eye(2))
-    (store.folder / ".ab.stf.safetensors.1.2.tmp").touch()
+    (store.folder / ".partial-x").mkdir()
+    (store.folder / ".partial-x" / "half").touch()
     (store.folder / "notes.txt").touch()
     store.clear()
     assert [p.name for p in store.folder.iterdir()] == ["notes.txt"]
     (store.folder / "notes.txt").unlink()
     store.clear()
     assert not store.folder.exists()
+
+
+def test_old_leftovers_are_removed(store: Store) -> None:
+    for name, age in (("old", 2 * module.DAY), ("new", 0)):
+        folder = store.folder / f".partial-{name}"
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    Store(store.folder)
+    assert [path.name for path in store.folder.iterdir()] == [".partial-new"]
 
 
 def test_active_store(
