@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ SMALL: dict[str, Any] = {
     ),
     "moe_intermediate_size": 12,
     "projection_dim": 12,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+    "vision_output_dim": 16,
+    "out_hidden_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
     "patch_size": 4,
     "num_mel_bins": 8,
     "pad_token_id": 0,
@@ -72,12 +81,21 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
     "vocab_size": 40,
+    "vocab_size_per_layer_input": 40,
+    "hidden_size_per_layer_input": 8,
     "max_position_embeddings": 32,
     "n_positions": 32,
     "max_source_positions": 16,
     "max_target_positions": 16,
 }
 
+
+AUDIO: dict[str, Any] = {
+    "conv_dim": [8] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ApertusForCausalLM:biases": {"attention_bias": True},
@@ -163,6 +181,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "image_size": 16,
         "window_size": 2,
     },
+    "HubertModel": AUDIO,
+    "HubertForCTC": AUDIO,
+    "Wav2Vec2ForCTC": AUDIO,
+    "Wav2Vec2ForSequenceClassification": AUDIO,
     "T5ForConditionalGeneration": {"feed_forward_proj": "relu"},
     "T5ForConditionalGeneration:1.1": {
         "feed_forward_proj": "gated-gelu",
@@ -171,19 +193,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Options without which a class cannot be small, and other shapes of the same class."""
 
+AUDITED = sorted(
+    [
+        *(Path(__file__).parent / "audited.txt").read_text().split(),
+        *(label for label in VARIANTS if ":" in label),
+    ]
+)
+"""Classes of the host's tables that transformers has, and those that people download most."""
+
 
 def small(config_class: type[PretrainedConfig], **options: Any) -> PretrainedConfig:
     """Return a configuration whose sizes are small wherever the class has a size by that name."""
     default = config_class()
-    aliases = {
-        *config_class.attribute_map,
-        *(name for name in SMALL if isinstance(getattr(config_class, name, None), property)),
-    }
-    values = {
-        name: value
-        for name, value in SMALL.items()
-        if hasattr(default, name) and name not in aliases
-    }
+    known = default.to_dict()
+    values = {name: value for name, value in SMALL.items() if name in known}
     for name in getattr(config_class, "sub_configs", {}):
         sub = getattr(default, name, None)
         if sub is not None:

@@ -82,11 +82,15 @@ def _oracle(arrays: Sequence[np.ndarray], rule: str, density: float) -> np.ndarr
 
 def rules_of(model: PreTrainedModel) -> dict[str, str]:
     """Return the rule of every parameter by its name in the model."""
-    try:
-        axes = infer_vocabulary_axes(model)
-    except NotImplementedError:
-        axes = {}
+    axes = vocabulary_axes(model)
     return {n: rule_for(n, p.shape, axes.get(n)) for n, p in model.named_parameters()}
+
+
+def vocabulary_axes(model: PreTrainedModel) -> dict[str, int]:
+    try:
+        return infer_vocabulary_axes(model)
+    except NotImplementedError:  # raised for models without one input embedding
+        return {}
 
 
 def relative_error(merged: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor) -> float:

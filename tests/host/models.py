@@ -52,9 +52,7 @@ def build(model_class: str, config: PretrainedConfig, seed: int = 0) -> PreTrain
     """Instantiate a class of transformers with reproducible weights, norms and biases included."""
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, model_class)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    _add_noise(model, 0.05)
     return model.eval()
 
 
@@ -62,10 +60,16 @@ def perturb(model: PreTrainedModel, seed: int, scale: float = 0.02) -> PreTraine
     """Return a copy with noise on every parameter; tied weights stay tied."""
     torch.manual_seed(seed)
     tuned = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+    _add_noise(tuned, scale)
     return tuned
+
+
+def _add_noise(model: PreTrainedModel, scale: float) -> None:
+    """Move what training moves; tables of sines, which no checkpoint holds, stay."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn_like(parameter))
 
 
 def save_family(
@@ -82,7 +86,7 @@ def save_model(
     copies = [model, *(perturb(model, seed) for seed in range(1, tasks + 1))]
     folders = [root / "base", *(root / f"tuned{seed}" for seed in range(1, tasks + 1))]
     for one, folder in zip(copies, folders, strict=True):
-        one.to(dtype).save_pretrained(folder)
+        (one if dtype == torch.float32 else one.to(dtype)).save_pretrained(folder)
     return Checkpoints(folders[0], tuple(folders[1:]))
 
 

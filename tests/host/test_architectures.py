@@ -1,24 +1,107 @@
+"""Every class of ``docs/architectures.md``, made tiny and merged, against the float64 oracle."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import transformers
+from mergekit.architecture.json_definitions import JSON_ARCHITECTURES, NAME_TO_ARCH
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from mergekit_stf.host import architectures
+from tests.host import audit, tables
+from tests.host.classes import AUDITED, configuration
 from tests.host.merging import merge, recipe, worst_error
-from tests.host.models import FAMILIES, Checkpoints, save_family
+from tests.host.models import FAMILIES, Checkpoints, build, perturb, save_family, save_model
+
+RENAMED = [
+    "BeitForImageClassification",
+    "CLIPModel",
+    "CLIPVisionModel",
+    "DeepseekV3ForCausalLM:dense first",
+    "Gemma3ForConditionalGeneration:no head",
+    "JambaForCausalLM",
+    "LlavaForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "MixtralForCausalLM",
+    "PaliGemmaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "SiglipModel",
+    "ViTForImageClassification",
+]
+"""Classes whose files may name a weight otherwise than the model does."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def checkpoints(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Checkpoints:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return save_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("density", [1.0, 0.2])
 def test_family_merges_through_mergekit_yaml_and_meets_the_oracle(
-    checkpoints: Checkpoints, density: float, tmp_path: Path
+    family: Checkpoints, density: float, tmp_path: Path
 ) -> None:
-    merge(recipe(checkpoints, density), tmp_path / "out")
-    error, name = worst_error(checkpoints, tmp_path / "out", density)
+    merge(recipe(family, density), tmp_path / "out")
+    error, name = worst_error(family, tmp_path / "out", density)
     assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("label", AUDITED)
+def test_audited_class_merges_whole(label: str, tmp_path: Path) -> None:
+    model = build(label.split(":")[0], configuration(label))
+    checkpoints = save_model(model, tmp_path, tasks=2)
+    merge(recipe(checkpoints), tmp_path / "out")
+    error, name = worst_error(checkpoints, tmp_path / "out", 1.0)
+    assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", ["as in the model", "with every prefix"])
+@pytest.mark.parametrize("label", RENAMED)
+def test_other_spellings_of_a_checkpoint_merge_whole(
+    label: str, layout: str, tmp_path: Path
+) -> None:
+    model = build(label.split(":")[0], configuration(label))
+    folders = [tmp_path / name for name in ("base", "tuned1", "tuned2")]
+    for seed, folder in enumerate(folders):
+        tuned = perturb(model, seed) if seed else model
+        tuned._weight_conversions = get_model_conversion_mapping(tuned, add_legacy=False)
+        tuned.save_pretrained(folder, save_original_format=layout == "with every prefix")
+    checkpoints = Checkpoints(folders[0], tuple(folders[1:]))
+    merge(recipe(checkpoints), tmp_path / "out")
+    error, name = worst_error(checkpoints, tmp_path / "out", 1.0)
+    assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("stem", tables.TABLES)
+def test_tables_are_the_ones_that_transformers_gives(stem: str) -> None:
+    written = (tables.FOLDER / f"{stem}.json").read_text(encoding="utf-8")
+    assert written == tables.text(tables.TABLES[stem])
+
+
+def test_no_table_lies_beside_the_known_ones() -> None:
+    assert {file.stem for file in tables.FOLDER.glob("*.json")} == set(tables.TABLES)
+
+
+def test_page_of_architectures_is_up_to_date() -> None:
+    assert audit.PAGE.read_text(encoding="utf-8") == audit.page()
+
+
+def test_second_registration_changes_nothing() -> None:
+    architectures.register()
+    before = (list(JSON_ARCHITECTURES), {name: list(found) for name, found in NAME_TO_ARCH.items()})
+    architectures.register()
+    assert (list(JSON_ARCHITECTURES), dict(NAME_TO_ARCH)) == before
+
+
+def test_table_of_another_type_of_model_stays() -> None:
+    architectures.register()
+    kinds = [table.expected_model_type for table in NAME_TO_ARCH["PhiForCausalLM"]]
+    assert sorted(kinds) == ["phi", "phi-msft"]
+
+
+def test_every_table_of_the_host_is_audited() -> None:
+    known = {label.split(":")[0] for label in AUDITED}
+    served = {name for name in NAME_TO_ARCH if hasattr(transformers, name)}
+    assert served - known == set()

@@ -60,7 +60,6 @@ EXACT = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "MllamaForConditionalGeneration",
-    "MobileViTForImageClassification",
     "PaliGemmaForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "ResNetForImageClassification",

@@ -1,0 +1,134 @@
+"""Writes ``docs/architectures.md``: which classes merge, by whose table, and what is left.
+
+``python -m tests.host.audit`` rewrites the page; ``test_architectures.py`` holds the page against
+what this module makes, and merges every class of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mergekit
+from mergekit.architecture.json_definitions import NAME_TO_ARCH
+
+from mergekit_stf.host import architectures
+from mergekit_stf.host.exact import ExactArchitecture, weights_of
+from tests.host.classes import AUDITED, meta_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+
+EXCEPTIONS = {
+    r"convnext(v2)?\.encoder\.stages\.\d+\.downsampling_layer\.0\.bias": (
+        "sum",
+        "mean",
+        "a layer norm at a numbered place of a sequence; the name of its bias does not say so",
+    ),
+    r"lm_head\.weight": (
+        "sum",
+        "superpose",
+        "the classifier of an audio model (`ForCTC`) under the name of an output vocabulary, "
+        "of which it is one: its rows are characters",
+    ),
+}
+"""Names for which the rule is not the one of the owning module: rule, module's rule, reason."""
+
+REFUSED = {
+    "Mistral3Model, LlavaModel and other bare multimodal models": "transformers itself saves them "
+    "under the names of the model with a head; use the class with a head",
+    "GPTNeoXForCausalLM saved with `save_original_format=False`": "`lm_head.weight` is there "
+    "where `embed_out.weight` is expected, and the host cannot plan an optional weight "
+    "(it may be tied) with two names",
+    "models with code of their own (`trust_remote_code`)": "without a class in transformers the "
+    "names in the files count as they are; the host's tables serve Baichuan, ChatGLM, Exaone 3, "
+    "InternLM 2, Jais, Phi-3 small, Qwen 1 and Solar",
+    "GPTQ, AWQ, GGUF and other quantised files": "packed integers cannot be merged; dequantise",
+}
+"""What is refused before any work, and why."""
+
+
+def source(name: str, before: dict[str, list[object]]) -> str:
+    """Say whose table serves a class."""
+    tables = NAME_TO_ARCH.get(name)
+    if name == "Glm4MoeForCausalLM":
+        return "host"  # dispatched before the tables
+    if not tables:
+        return "host, inferred"
+    if tables == before.get(name):
+        return "host"
+    module = next(iter(tables[-1].modules.values())).architecture
+    return "ours, exact" if isinstance(module, ExactArchitecture) else "ours"
+
+
+def rows() -> Iterator[str]:
+    """Yield a line of the table per class and variant."""
+    raw = mergekit.architecture.json_definitions._load_all_architectures()[1]
+    architectures.register()
+    for label in AUDITED:
+        name, _, variant = label.partition(":")
+        count = len(weights_of(meta_model(label)))
+        yield f"| `{name}` | {variant} | {source(name, raw)} | {count} |"
+
+
+TEXT = """# Architectures
+
+Which models `merge_method: stf` merges whole, and by whose table of names. Every row is a tiny
+model of that class with two tuned copies, merged through the host, loaded again by transformers
+without a missing or unexpected weight, and compared with the float64 reference to 1e-4 on every
+weight (`tests/host/test_architectures.py`; this page is written by `python -m tests.host.audit`).
+
+- **host**: the table that comes with mergekit.
+- **ours**: a table in `mergekit_stf/host/architectures/*.json`, or the host's with the optional
+  biases that it lacks. It serves every method of the host, not only `stf`.
+- **ours, exact**: the names come from the class in transformers and the model's own configuration,
+  because layers differ from each other or the host would take the class for another one.
+- **host, inferred**: the host reads the names off the class; it does so well for these.
+
+A class that is not in the table goes the host's way too. Before a weight is read, the names in the
+checkpoints are compared with the names that will be written, in terms of the parameters that
+transformers would fill from them. If one would be lost the merge stops:
+
+{example}
+
+The ways out: merge by the names in the files with `mergekit-pytorch`; or set
+`MERGEKIT_STF_ALLOW_LOSS=1`, and the same text is a warning. Tensors for which the class has no use
+(`rotary_emb.inv_freq`, `attn.bias` of old GPT-2 files) are not missed.
+
+## Refused
+
+{refused}
+
+## Rules that a name cannot give
+
+The rule of a weight comes from its name, shape and vocabulary axis. For every weight of every class
+below it is the rule of the module that owns the weight, with these exceptions; the parameter
+`rule` with a filter overrides each:
+
+{exceptions}
+
+## Classes
+
+| class | variant | table | weights |
+|---|---|---|---:|
+{rows}
+"""
+
+EXAMPLE = """    path/to/model: 8 weights would be missing from the merged model, because mergekit's
+    table of this architecture does not name them: model.layers.*.self_attn.q_proj.bias (2), ..."""
+
+
+def page() -> str:
+    """Return the page's text."""
+    return TEXT.format(
+        example=EXAMPLE,
+        refused="\n".join(f"- {what}: {why}." for what, why in REFUSED.items()),
+        exceptions="\n".join(
+            f"- `{name}`: `{rule}` instead of `{owner}`: {why}."
+            for name, (rule, owner, why) in EXCEPTIONS.items()
+        ),
+        rows="\n".join(rows()),
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
