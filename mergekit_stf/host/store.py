@@ -18,25 +18,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-import mergekit_stf
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.files import sync
+from mergekit_stf.host.store_entry import (
+    HEADER,
+    PARTIAL,
+    key_of,
+    read_entry,
+    write_entry,
+)
 
 VARIABLE = "MERGEKIT_STF_STORE"
 VARIABLE_SIZE = "MERGEKIT_STF_STORE_SIZE"
 DEFAULT_SIZE = 64 * 10**9
 SUFFIX = ".stf.safetensors"
-PARTIAL = ".partial-"
 DAY = 86_400.0
-HEADER = 512
-"""More bytes than an entry's header takes."""
 
 LOG = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ class Store:
         self.size = size
         self.hits = self.written = self.rejected = self.skipped = 0
         self._used: set[str] = set()
+        self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,12 +75,7 @@ class Store:
             tensors: base and tuned tensors as loaded, in the order in which they are merged.
             options: every setting that M depends on, as plain numbers and strings (not λ).
         """
-        digest = xxhash.xxh3_128()
-        digest.update(repr((_environment(), tensors[0].device.type)).encode())
-        digest.update(repr(sorted(options.items())).encode())
-        for tensor in tensors:
-            _update(digest, tensor)
-        return digest.hexdigest()
+        return key_of(tensors, options)
 
     def get(self, key: str) -> torch.Tensor | None:
         """Return the matrix stored under ``key``, on the CPU; None when there is none.
@@ -89,7 +84,7 @@ class Store:
         """
         path = self._path(key)
         try:
-            matrix = _read(path, key)
+            matrix, note = read_entry(path, key)
             os.utime(path)
         except FileNotFoundError:
             return None
@@ -99,13 +94,13 @@ class Store:
         with self._lock:
             self.hits += 1
             self._used.add(path.name)
+            self._notes[key] = note
         return matrix
 
     def note(self, key: str) -> str:
-        """Return what `put` was told to keep beside the matrix; ask after `get` has found it."""
-        with safe_open(self._path(key), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-        return metadata.get("note", "")
+        """Return, once, the note beside the matrix that `get` has found last under this key."""
+        with self._lock:
+            return self._notes.pop(key)
 
     def put(self, key: str, matrix: torch.Tensor, note: str = "") -> None:
         """Store a matrix and a text about it, complete or not at all.
@@ -116,16 +111,11 @@ class Store:
         path = self._path(key)
         matrix = matrix.detach().cpu().contiguous()
         with self._lock:
-            if not self._make_room(matrix.nbytes + HEADER):
+            if not self._make_room(matrix.nbytes + HEADER + len(note)):
                 return
             self._used.add(path.name)
-        metadata = {"key": key, "checksum": _checksum(matrix, note), "note": note}
         try:
-            with TemporaryDirectory(prefix=PARTIAL, dir=self.folder) as folder:
-                temporary = Path(folder) / path.name
-                save_file({"M": matrix}, temporary, metadata)
-                sync(temporary)
-                temporary.replace(path)
+            write_entry(path, key, matrix, note)
         except (OSError, SafetensorError) as error:
             raise STFError(self._not_written(error)) from error
         with self._lock:
@@ -226,46 +216,6 @@ def _named(folder: str, size: str | None) -> Store:
     if size is not None and not size.isdecimal():
         raise STFError(f"{VARIABLE_SIZE} is a number of bytes; got {size!r}")
     return Store(Path(folder), int(size) if size else DEFAULT_SIZE)
-
-
-def _environment() -> tuple[str, ...]:
-    return (*_build(), str(torch.get_num_threads()))
-
-
-@cache
-def _build() -> tuple[str, ...]:
-    """Return what can change a bit of M besides its inputs, our own source included."""
-    source = xxhash.xxh3_128()
-    for path in sorted((Path(mergekit_stf.__file__).parent / "core").glob("*.py")):
-        source.update(path.read_bytes())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (mergekit_stf.__version__, source.hexdigest(), torch.__version__, capability, device)
-
-
-def _update(digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
-
-
-def _checksum(matrix: torch.Tensor, note: str) -> str:
-    digest = xxhash.xxh3_128(note.encode())
-    _update(digest, matrix)
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str) -> torch.Tensor:
-    if not path.exists():
-        raise FileNotFoundError(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("key") != key:
-            raise STFError("it belongs to another weight")
-        matrix: torch.Tensor = file.get_tensor("M")
-    if metadata.get("checksum") != _checksum(matrix, metadata.get("note", "")):
-        raise STFError("its checksum is wrong")
-    return matrix
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -12,6 +12,7 @@ import torch
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import store as module
+from mergekit_stf.host import store_entry
 from mergekit_stf.host.store import Store, active, using
 
 
@@ -66,9 +67,9 @@ def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPat
     for name in ("torch", "mergekit_stf"):
         with monkeypatch.context() as patch:
             patch.setattr(f"{name}.__version__", "0")
-            module._build.cache_clear()
+            store_entry._build.cache_clear()
             assert store.key(tensors, options) != key
-        module._build.cache_clear()
+        store_entry._build.cache_clear()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
     assert store.key(tensors, options) != key
 
@@ -145,7 +146,7 @@ def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(store_entry, "save_file", full)
     with pytest.raises(STFError, match="no space left on the disk; free some space and run"):
         store.put("ab", torch.eye(2))
     assert list(store.folder.iterdir()) == []
