@@ -6,13 +6,23 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FiniteFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from mergekit_stf.core.errors import STFError
 
-FULL_ROUTE = "merge it as a full model instead: mergekit-yaml CONFIG OUT --lora-merge-cache DIR"
+FULL_ROUTE = (
+    "merge full copies instead: "
+    "mergekit-yaml CONFIG OUT --lora-merge-cache DIR --lora-merge-dtype float32"
+)
 CONVERT = (
     "its training changed the base weights; save it again with PEFT's "
     "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
@@ -62,6 +72,9 @@ HARMLESS = frozenset(
 
 PLAIN_STARTS = frozenset({True, False, "gaussian", "eva", "orthogonal"})
 
+EMPTY = BeforeValidator(lambda value: {} if value is None else value)
+"""PEFT allows ``null`` for no patterns."""
+
 
 class AdapterConfig(BaseModel):
     """The settings that decide the value of a LoRA update.
@@ -80,11 +93,11 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     peft_type: str
-    r: int = Field(default=8, gt=0)
-    lora_alpha: float = Field(default=8, allow_inf_nan=False)
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8.0
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: Annotated[dict[str, PositiveInt], EMPTY] = {}
+    alpha_pattern: Annotated[dict[str, FiniteFloat], EMPTY] = {}
     init_lora_weights: bool | str | None = True
     task_type: str | None = None
 

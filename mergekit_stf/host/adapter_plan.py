@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank
-from mergekit_stf.host.adapter_recipe import FULL_ROUTE, adapter_paths, base_of, on_base
+from mergekit_stf.host.adapter_config import FULL_ROUTE
+from mergekit_stf.host.adapter_recipe import adapter_paths, base_of, on_base
 from mergekit_stf.host.adapters import Adapter, Update, read_adapter
 from mergekit_stf.host.inputs import locate
 from mergekit_stf.host.planned import PlannedWeight, plan_weights

@@ -6,8 +6,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
 
 from mergekit_stf.core.errors import STFError
-
-FULL_ROUTE = "use mergekit-yaml CONFIG OUT --lora-merge-cache DIR"
+from mergekit_stf.host.adapter_config import FULL_ROUTE
 
 
 def adapter_paths(config: MergeConfiguration) -> list[ModelPath]:

@@ -61,12 +61,22 @@ def refusal(adapter: Path) -> str:
         ({"r": "many"}, "r: "),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"rank_pattern": {"(": 3}}, "regular expression"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern.q_proj"),
         ({"r": 5}, "says rank 5"),
     ],
 )
 def test_settings(adapter: Path, settings: dict[str, Any], words: str) -> None:
     configure(adapter, **settings)
     assert words in refusal(adapter)
+
+
+def test_settings_of_other_versions_of_peft(adapter: Path) -> None:
+    before = read_adapter(ModelPath(path=str(adapter)))
+    configure(adapter, rank_pattern=None, alpha_pattern=None, merge_weights=False, enable_lora=None)
+    after = read_adapter(ModelPath(path=str(adapter)))
+    for name, update in before.updates.items():
+        assert torch.equal(update.factors.left, after.updates[name].factors.left)
 
 
 def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
