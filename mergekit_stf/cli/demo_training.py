@@ -34,30 +34,31 @@ class Settings:
         base_steps, specialist_steps: optimiser steps.
         base_rate, specialist_rate: highest learning rates.
         windows: of held-out text that a loss is measured on.
-        threads: of torch, while training and measuring.
+        threads: of torch, while training and measuring; two threads gain little on matrices this
+            small, and lose much when another program wants the second core.
     """
 
     kinds: tuple[str, ...] = ("python", "prose", "unicode")
     background: tuple[str, ...] = tuple(KINDS)
     rehearsal: int = 2
-    hidden: int = 128
-    layers: int = 4
+    hidden: int = 96
+    layers: int = 3
     heads: int = 4
     context: int = 128
     batch: int = 16
-    base_steps: int = 600
-    specialist_steps: int = 150
+    base_steps: int = 500
+    specialist_steps: int = 100
     base_rate: float = 6e-3
     specialist_rate: float = 6e-4
     windows: int = 96
-    threads: int = 2
+    threads: int = 1
 
     @classmethod
     def tiny(cls, kinds: tuple[str, ...] = ("python", "prose", "unicode")) -> Settings:
         """Return settings that train a base and its specialists in a few seconds, for tests."""
         return cls(
             kinds=kinds, hidden=32, layers=2, heads=2, context=64, batch=8, base_steps=60,
-            specialist_steps=40, base_rate=3e-3, specialist_rate=3e-3, windows=32, threads=1,
+            specialist_steps=40, base_rate=3e-3, specialist_rate=3e-3, windows=32,
         )  # fmt: skip
 
     @property

@@ -1,0 +1,1 @@
+"""The paper's analyses on small models that are trained on the spot."""
