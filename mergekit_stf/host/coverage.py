@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
-from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
+from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.loading import ParameterNames, hollow_model
@@ -28,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 
 def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Refuse a merge whose output would lack weights of its inputs.
+    """Refuse a merge whose output would lack weights of its inputs, or whose inputs lack some.
 
     Layers that ``slices`` leave out are left out on purpose and count as covered; a module that
     a ``modules`` recipe does not name is not.
@@ -37,6 +40,13 @@ def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
         STFError: with the model, the names of the weights and the ways out.
     """
     LoaderCache().setup(options=options)
+    absent = absent_weights(config, options)
+    for model, names in absent.items():
+        raise STFError(
+            f"{model}: {len(names)} weights that the merge needs are not in the checkpoint: "
+            f"{_collapsed(names)}. Models of one architecture and size can be merged; save this "
+            "one again with transformers, or leave it out."
+        )
     lost = lost_weights(config, options)
     if lost:
         _report(lost)
@@ -46,18 +56,35 @@ def lost_weights(
     config: MergeConfiguration, options: MergeOptions
 ) -> dict[ModelReference, list[str]]:
     """Return the stored weights that an input needs and the output would lack, the base first."""
-    architecture = get_architecture_info(config, options)
-    modules = list(config.modules or architecture.modules)
-    models = sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m)))
-    stored = {model: _stored(model) for model in models}
+    stored = {model: _stored(model) for model in _models(config)}
     lost = {}
     for model, names in stored.items():
         settings = model.config(trust_remote_code=options.trust_remote_code)
-        planned = _planned(architecture, modules, settings)
+        planned = _planned(config, options, settings)
         written = [w for w in planned if not w.optional or _present(w, stored.values())]
         if left := names - {name for w in written for name in _names(w)}:
             lost[model] = _needed(left, [w.name for w in written], settings)
     return {model: names for model, names in lost.items() if names}
+
+
+def absent_weights(
+    config: MergeConfiguration, options: MergeOptions
+) -> dict[ModelReference, list[str]]:
+    """Return the weights that the host would look for in vain, which stops it in mid-merge."""
+    absent = {}
+    for model in _models(config):
+        names = _stored(model)
+        settings = model.config(trust_remote_code=options.trust_remote_code)
+        unfound: dict[str, list[WeightInfo]] = {}
+        for weight in _planned(config, options, settings):
+            if not weight.optional and names.isdisjoint(
+                [*_names(weight), *(weight.tied_names or ())]
+            ):
+                unfound.setdefault(_kind(weight.name), []).append(weight)
+        # Whether the host can fuse a weight is the same in every layer, and slow to find out.
+        kinds = [k for k in unfound.values() if not _fusible(k[0], names, settings.model_type)]
+        absent[model] = [weight.name for kind in kinds for weight in kind]
+    return {model: names for model, names in absent.items() if names}
 
 
 def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> None:
@@ -93,13 +120,23 @@ def _stored(model: ModelReference) -> set[str]:
     return set(LoaderCache().get(model).index.tensor_paths)
 
 
+def _models(config: MergeConfiguration) -> list[ModelReference]:
+    return sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m)))
+
+
 def _planned(
-    architecture: ModelArchitecture, modules: Iterable[str], settings: object
+    config: MergeConfiguration, options: MergeOptions, settings: PretrainedConfig
 ) -> list[WeightInfo]:
-    chosen = {name: architecture.modules[name] for name in modules}
+    """Return the weights of the modules that a recipe writes."""
+    architecture = get_architecture_info(config, options)
+    chosen = {name: architecture.modules[name] for name in config.modules or architecture.modules}
     partial = architecture.model_copy(update={"modules": chosen})
     weights: list[WeightInfo] = partial.all_weights(settings)
     return weights
+
+
+def _fusible(weight: WeightInfo, stored: set[str], model_type: str) -> bool:
+    return any(can_convert_checkpoint_keys(model_type, stored, name) for name in _names(weight))
 
 
 def _names(weight: WeightInfo) -> list[str]:
@@ -111,7 +148,7 @@ def _present(weight: WeightInfo, stored: Iterable[set[str]]) -> bool:
     return any(name in names for names in stored for name in _names(weight))
 
 
-def _needed(left: set[str], written: Iterable[str], settings: object) -> list[str]:
+def _needed(left: set[str], written: Iterable[str], settings: PretrainedConfig) -> list[str]:
     """Return the names for whose parameters nothing is written."""
     model = hollow_model(settings)
     if model is None:
@@ -137,8 +174,9 @@ def _report(lost: dict[ModelReference, list[str]]) -> None:
 
 def _collapsed(names: list[str]) -> str:
     """Name each kind of weight once, its layers as a star and a count."""
-    kinds: dict[str, int] = {}
-    for name in names:
-        kind = re.sub(r"\.\d+(?=\.)", ".*", name)
-        kinds[kind] = kinds.get(kind, 0) + 1
+    kinds = Counter(map(_kind, names))
     return ", ".join(f"{kind} ({n})" if "*" in kind else kind for kind, n in kinds.items())
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
