@@ -37,13 +37,13 @@ def _lines(health: Health) -> Iterator[str]:
     for package, version in health.versions.items():
         yield f"{package:<12} {version or 'not installed'}"
     yield ""
-    yield f"stf in mergekit       {'registered' if health.registered else 'NOT registered'}"
+    yield f"stf in mergekit        {'registered' if health.registered else 'NOT registered'}"
     yield f"found by mergekit-yaml {'yes' if health.autoload else 'NO'}"
     for path in health.hook_files:
         yield f"  through {path}"
     yield ""
     for device in health.devices:
-        yield f"{device.name}: {device.description or 'unknown processor'}".rstrip()
+        yield f"{device.name}: {device.description}"
         yield f"  float32 {device.float32:,.0f} GFLOP/s, float64 {device.float64:,.0f} GFLOP/s"
         for dtype, route in device.routes.items():
             yield f"  {dtype} checkpoints: {route}"

@@ -172,11 +172,19 @@ def _device(name: str) -> Device:
     routes["float64"] = choose_route(sample.double(), torch.float64)
     return Device(
         name=name,
-        description=torch.cuda.get_device_name(device) if on_card else platform.processor(),
+        description=torch.cuda.get_device_name(device) if on_card else _processor(),
         float32=_rate(device, torch.float32),
         float64=_rate(device, torch.float64),
         routes=routes,
     )
+
+
+def _processor() -> str:
+    """Return the CPU's own name; Linux tells Python nothing and keeps it in a file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor()) or platform.machine()
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
