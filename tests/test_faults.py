@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import random
 import re
@@ -10,15 +11,20 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from mergekit_stf.cli.main import main
+from mergekit_stf.core.features import Features
 from tests.host.models import Checkpoints, save_family
 from tests.processes import run, start
+
+decompose = importlib.import_module("mergekit_stf.core.decompose")
 
 KILLS = 20
 ENTRIES = "*.stf.safetensors"
@@ -277,3 +283,60 @@ def test_two_merges_into_one_folder(recipe: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "another merge is writing" in text or "is there already" in text
     assert first.wait() == 0
+
+
+class Driver:
+    """A decomposition that fails in some of its calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
+        self.calls = 0
+        for name, route in list(decompose.ROUTES.items()):
+            monkeypatch.setitem(decompose.ROUTES, name, self._wrap(route, fails))
+        monkeypatch.setattr(decompose, "svd", self._wrap(decompose.svd, fails))
+
+    def _wrap(
+        self, route: Callable[[torch.Tensor], Features], fails: Callable[[int], bool]
+    ) -> Callable[[torch.Tensor], Features]:
+        def wrapped(matrix: torch.Tensor) -> Features:
+            self.calls += 1
+            if fails(self.calls):
+                raise RuntimeError("injected: the algorithm failed to converge")
+            return route(matrix)
+
+        return wrapped
+
+
+def merge_here(recipe: Path, out: Path) -> Result:
+    return CliRunner().invoke(main, ["merge", str(recipe), str(out)])
+
+
+def test_a_driver_that_fails_once_is_said_and_survived(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        Driver(patch, lambda call: call == 5)
+        with pytest.warns(RuntimeWarning, match=r"weight: decomposed by svd .*injected"):
+            result = merge_here(recipe, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert merge_here(recipe, tmp_path / "whole").exit_code == 0
+    merged, whole = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    for name, expected in whole.items():
+        torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_driver_that_always_fails_loses_nothing_that_is_finished(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        Driver(patch, lambda call: call > 6)
+        result = merge_here(recipe, tmp_path / "out")
+    assert result.exit_code in (1, 70), result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert "weight: no driver decomposes it" in line
+    assert not (tmp_path / "out").exists()
+    assert counts(merge_here(recipe, tmp_path / "out").output) == (3, MATRICES - 3)
+    assert merge_here(recipe, tmp_path / "whole").exit_code == 0
+    merged, whole = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert all(torch.equal(merged[name], expected) for name, expected in whole.items())
