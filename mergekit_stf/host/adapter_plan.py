@@ -90,7 +90,7 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     planned = dict(_stored(plan_weights(local, options)))
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
     for adapter in adapters:
-        _check_names(adapter, names)
+        _check_names(adapter, names, base)
     touched: dict[str, TouchedWeight] = {}
     conv1d = lru_cache(lambda: _conv1d_modules(base, options.trust_remote_code))
     for stored in dict.fromkeys(names[name] for adapter in adapters for name in adapter.weights):
@@ -110,14 +110,17 @@ def _names(weight: PlannedWeight) -> tuple[str, ...]:
     return (weight.name, *(weight.loads[weight.base].aliases or ()))
 
 
-def _check_names(adapter: Adapter, names: dict[str, str]) -> None:
+def _check_names(adapter: Adapter, names: dict[str, str], base: ModelReference) -> None:
     unknown = sorted(adapter.weights - set(names))
-    if unknown:
-        raise STFError(
-            f"{adapter.source} changes {', '.join(unknown[:3])}"
-            f"{' and others' if len(unknown) > 3 else ''}: the base's checkpoint has no weight of "
-            f"that name (another base, tied weights, or a head of its own); {FULL_ROUTE}"
-        )
+    if not unknown:
+        return
+    reason = "has no weight of that name (another base, tied weights, or a head of its own)"
+    if unknown[0] in LoaderCache().get(base).index.tensor_paths:
+        reason = "stores it, but it is merged as a part of a stack of experts"
+    raise STFError(
+        f"{adapter.source} changes {', '.join(unknown[:3])}"
+        f"{' and others' if len(unknown) > 3 else ''}: the base's checkpoint {reason}; {FULL_ROUTE}"
+    )
 
 
 def _touched(

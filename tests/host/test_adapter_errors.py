@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters import read_adapter
 from tests.host import peft_adapters as made
-from tests.host.models import llama, save_model
+from tests.host.models import llama, mixtral, save_model
 from tests.host.test_adapters import merged
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -150,6 +150,18 @@ def test_weights_that_the_base_has_not(base: Path, adapter: Path, tmp_path: Path
     wider = save_model(llama(hidden_size=32), tmp_path / "wider", tasks=0).base
     other = made.save_adapter(wider, tmp_path / "another", 1, target_modules=["q_proj"])
     assert "(32, 32)" in problem(made.recipe(base, [f"{base}+{other}"]), tmp_path / "out")
+
+
+def test_experts_of_a_fused_stack(tmp_path: Path) -> None:
+    base = save_model(mixtral(), tmp_path, tasks=0).base
+    adapter = made.save_adapter(base, tmp_path / "adapter", 1, target_modules=["q_proj"])
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
+    factors = {"A": torch.ones(3, 16), "B": torch.ones(24, 3)}
+    stored = {f"base_model.model.{expert}.lora_{k}.weight": v for k, v in factors.items()}
+    save_file(stored, adapter / "adapter_model.safetensors")
+    message = problem(made.recipe(base, [f"{base}+{adapter}"]), tmp_path / "out")
+    assert expert in message
+    assert "stack of experts" in message
 
 
 def test_updates_that_no_adapter_holds(base: Path, adapter: Path, tmp_path: Path) -> None:
