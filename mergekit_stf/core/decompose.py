@@ -19,15 +19,15 @@ def choose_route(M: Tensor, source_dtype: torch.dtype) -> str:
     """Return the route for a task matrix: the cheapest one that is accurate enough.
 
     * float64 matrices keep the accuracy of their type: ``svd``;
-    * checkpoints in half precision carry rounding noise that moves the merged matrix by over a
-      hundred times what ``gram_float32`` does (docs/performance.md): ``gram_float32``;
+    * bfloat16 checkpoints carry rounding noise that moves the merged matrix by at least ten times
+      what ``gram_float32`` does, float16 ones do not always (``benchmarks/accuracy.py``);
     * where float64 runs at a usable rate: ``gram_float64``, the most accurate one;
     * otherwise ``gram_refined``: float32 throughout, so that it is as quick on a consumer GPU with
       1/64 of float64 as elsewhere, and still more accurate than a float32 SVD.
     """
     if M.dtype == torch.float64:
         return "svd"
-    if source_dtype.itemsize < 4:
+    if source_dtype == torch.bfloat16:
         return "gram_float32"
     return "gram_float64" if has_float64(M.device) else "gram_refined"
 

@@ -29,8 +29,16 @@ def svd(M: Tensor) -> Features:
 
 def gram_float64(M: Tensor) -> Features:
     """Diagonalise ``MᵀM`` in float64; error of the merged matrix below 1e-6 for float32 input."""
-    V = torch.linalg.eigh(_gram_float64(M)).eigenvectors.to(M.dtype)
-    return _complete(M @ V, V, "gram_float64")
+    V = torch.linalg.eigh(_gram_float64(M)).eigenvectors
+    B, square = torch.empty_like(M), V.new_zeros(V.shape[1])
+    for target, rows in zip(_split(B), _split(M), strict=True):
+        image = rows.double() @ V
+        square += image.square().sum(dim=0)
+        target.copy_(image)
+    s, order = square.sqrt().sort(descending=True)
+    order = order[: int(torch.count_nonzero(s > RANK * s[0]))]
+    s = s[: order.numel()].to(M.dtype)
+    return Features(B[:, order].div_(s), s, V[:, order].to(M.dtype).mT, "gram_float64")
 
 
 def gram_float32(M: Tensor) -> Features:
@@ -64,10 +72,14 @@ ROUTES: dict[str, Callable[[Tensor], Features]] = {
 
 def _gram_float64(M: Tensor) -> Tensor:
     gram = torch.zeros(M.shape[1], M.shape[1], dtype=torch.float64, device=M.device)
-    for rows in torch.split(M, max(1, CHUNK // M.shape[1])):
+    for rows in _split(M):
         wide = rows.double()
         gram.addmm_(wide.mT, wide)
     return gram
+
+
+def _split(M: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(M, max(1, CHUNK // M.shape[1]))
 
 
 def _separate_tail(B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

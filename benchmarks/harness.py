@@ -1,0 +1,181 @@
+"""What the benchmarks share: the rival, synthetic task matrices, timing, and the JSON they write.
+
+Every benchmark checks the answer before it prints a time, times rivals in turn within one run, and
+prints medians with their range. ``--json FILE`` keeps the figures with the machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def straightforward(matrices: Sequence[Tensor]) -> Tensor:
+    """The paper's Algorithm 1 as it stands: SVDs, the full r×r system, one dense solve."""
+    U, s, Vh = zip(*(torch.linalg.svd(M, full_matrices=False) for M in matrices), strict=True)
+    U, s, V = torch.cat(U, dim=1), torch.cat(s), torch.cat(Vh).mT
+    alpha = torch.linalg.solve((U.mT @ U) * (V.mT @ V), s)
+    return (U * alpha) @ V.mT
+
+
+def reference(matrices: Sequence[Tensor], rank: int | None = None) -> Tensor:
+    """The same in float64 on the CPU, with the numerical rank; the right answer."""
+    parts = []
+    for M in matrices:
+        U, s, Vh = torch.linalg.svd(M.double().cpu(), full_matrices=False)
+        k = min(rank or s.numel(), int((s > 1e-6 * s[0]).sum()))
+        parts.append((U[:, :k], s[:k], Vh[:k]))
+    U, s, Vh = (
+        torch.cat(x, dim=d) for x, d in zip(zip(*parts, strict=True), (1, 0, 0), strict=True)
+    )
+    G = (U.mT @ U) * (Vh @ Vh.mT)
+    alpha = torch.cholesky_solve(s.unsqueeze(1), torch.linalg.cholesky(G)).squeeze(1)
+    return (U * alpha) @ Vh
+
+
+def distance(M: Tensor, expected: Tensor) -> float:
+    """Return ``|M - expected| / |expected|``."""
+    return float(torch.linalg.norm(M.double().cpu() - expected) / torch.linalg.norm(expected))
+
+
+def task_matrices(
+    shape: tuple[int, int], tasks: int, device: str = "cpu", seed: int = 0, decay: float = 0.5
+) -> list[Tensor]:
+    """Make task matrices with a decaying spectrum, ``s_k ~ (1 + k/8)^-decay``, in random bases.
+
+    Products of Gaussian factors stand for the random bases: ``A diag(s) B``, which needs no QR.
+    """
+    m, n = shape
+    k = min(m, n)
+    matrices = []
+    for task in range(tasks):
+        generator = torch.Generator(device).manual_seed(seed * 1000 + task)
+        s = (1 + torch.arange(k, device=device) / 8) ** -decay
+        A = torch.randn(m, k, device=device, generator=generator)
+        B = torch.randn(k, n, device=device, generator=generator)
+        matrices.append((A * s) @ B / k)
+    return matrices
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Return the wall time of one call, device work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(
+    ours: Callable[[], Any], rival: Callable[[], Any], runs: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Time two pieces of work in turn, ``runs`` times, and return times and pairwise ratios."""
+    a, b = [], []
+    for _ in range(runs):
+        a.append(seconds(ours, device))
+        b.append(seconds(rival, device))
+    return {
+        "ours": spread(a),
+        "rival": spread(b),
+        "ratio": spread([y / x for x, y in zip(a, b, strict=True)]),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def shown(values: dict[str, float], unit: str = "s") -> str:
+    """Format a spread for a person."""
+    return f"{values['median']:.3g} {unit} ({values['min']:.3g} to {values['max']:.3g})"
+
+
+def rates(device: str = "cpu") -> dict[str, float]:
+    """Measure what the floors are counted with: products per second and bytes per second."""
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        x = torch.randn(2048, 2048, device=device, dtype=dtype)
+        x @ x
+        times = [seconds(lambda x=x: x @ x, device) for _ in range(5)]
+        found[f"{name} GFLOP/s"] = 2 * 2048**3 / statistics.median(times) / 1e9
+    x = torch.randn(2**26, device=device)
+    y = torch.empty_like(x)
+    times = [seconds(lambda: y.copy_(x), device) for _ in range(5)]
+    found["copy GB/s"] = 2 * x.nbytes / statistics.median(times) / 1e9
+    return found
+
+
+def peak_of(arguments: Sequence[str]) -> tuple[float, int]:
+    """Run a command and return its wall time and its peak memory in bytes."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            said.seek(0)
+            sys.exit(f"{' '.join(arguments)} ended with {process.returncode}:\n{said.read()}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def peak_memory() -> int:
+    """Return this process's high-water mark in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parser(question: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has."""
+    found = argparse.ArgumentParser(description=question)
+    found.add_argument("--runs", type=int, default=3)
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--json", type=Path, help="file for the figures")
+    return found
+
+
+def write(path: Path | None, figures: dict[str, Any], device: str = "cpu") -> None:
+    """Write the figures with the machine, the versions and the date."""
+    if path is None:
+        return
+    card = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    machine = {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "card": card,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")

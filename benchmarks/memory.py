@@ -1,0 +1,76 @@
+"""How much memory does a merge take above its inputs?
+
+The bound is three times the float32 size of the task matrices plus 1 GB. Task matrices are made
+one by one while the merge asks for them, as the method does, so that they count as well. Each
+shape runs in a process of its own. On a card the allocator's peak counts, on the CPU the process's
+peak above that of the same process with a tiny merge.
+
+    python benchmarks/memory.py --json benchmarks/results/memory.json
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from harness import parser, peak_memory, write
+from torch import Tensor
+
+from mergekit_stf.core import superpose
+
+SHAPES = ["4096x4096x3", "8192x8192x3", "11008x4096x3", "28672x8192x3", "2048x2048x8", "512x512x64"]
+
+
+def made(shape: tuple[int, int], tasks: int, device: str) -> Iterator[Tensor]:
+    """Yield Gaussian task matrices whose columns fade."""
+    for task in range(tasks):
+        generator = torch.Generator(device).manual_seed(task)
+        M = torch.randn(shape, device=device, generator=generator)
+        yield M.mul_((1 + torch.arange(shape[1], device=device) / 8) ** -0.5)
+
+
+def once(name: str, device: str) -> None:
+    """Merge one stack of task matrices and print the peak."""
+    m, n, tasks = (int(side) for side in name.split("x"))
+    superpose(made((32, 32), 3, device))
+    report = superpose(made((m, n), tasks, device)).report
+    assert report.converged
+    on_card = device.startswith("cuda")
+    print(torch.cuda.max_memory_allocated() if on_card else peak_memory())
+
+
+def peak(name: str, device: str) -> int:
+    """Run one shape in its own process and return its peak in bytes."""
+    command = [sys.executable, __file__, "--once", name, "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--shapes", nargs="+", default=SHAPES)
+    options.add_argument("--once")
+    given = options.parse_args()
+    if given.once:
+        once(given.once, given.device)
+        return
+    idle = peak("32x32x3", given.device)
+    figures: dict[str, object] = {"idle": idle}
+    for name in given.shapes:
+        m, n, tasks = (int(side) for side in name.split("x"))
+        size = 4 * m * n * tasks
+        limit, used = 3 * size + 10**9, peak(name, given.device) - idle
+        figures[name] = {"task matrices": size, "used": used, "bound": limit}
+        print(
+            f"{name}: {used / 1e9:.2f} GB for task matrices of {size / 1e9:.2f} GB, bound "
+            f"{limit / 1e9:.2f} GB",
+            flush=True,
+        )
+        assert used <= limit, name
+    write(given.json, figures, given.device)
+
+
+if __name__ == "__main__":
+    main()

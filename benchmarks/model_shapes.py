@@ -1,0 +1,95 @@
+"""How long do all the matrices of a model take, and how much longer with the straightforward way?
+
+Ours merges every matrix; the rival is timed beside it on a few of each shape, in turn.
+
+    python benchmarks/model_shapes.py t5-base --json benchmarks/results/t5_base.json
+    python benchmarks/model_shapes.py llama-2-7b --device cuda --rival 1 \\
+        --json benchmarks/results/llama_2_7b_cuda.json
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from harness import (
+    distance,
+    parser,
+    peak_memory,
+    reference,
+    seconds,
+    shown,
+    spread,
+    straightforward,
+    synchronize,
+    task_matrices,
+    write,
+)
+
+from mergekit_stf.core import superpose
+
+MODELS: dict[str, tuple[int, list[tuple[tuple[int, int], int]]]] = {
+    "t5-base": (7, [((768, 768), 144), ((3072, 768), 24), ((768, 3072), 24)]),
+    "llama-2-7b": (3, [((4096, 4096), 128), ((11008, 4096), 64), ((4096, 11008), 32)]),
+    "tiny": (3, [((64, 64), 4), ((96, 64), 2)]),
+}
+"""Tasks, and the shapes with their number: 192 matrices of T5-base, 224 of Llama-2-7B."""
+
+
+def check(device: str, route: str, rank: float, limit: float) -> float:
+    """Compare with the float64 reference, at a size where that takes seconds."""
+    matrices = task_matrices((640, 512), 3, device, seed=1)
+    kept = None if rank == 1 else int(rank * 512)
+    error = distance(superpose(matrices, route=route, rank=rank).M, reference(matrices, kept))
+    assert error <= limit, error
+    return error
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("model", choices=MODELS)
+    options.add_argument("--rank", type=float, default=1.0)
+    options.add_argument("--route", default="auto")
+    options.add_argument("--fraction", type=float, default=1.0, help="of each shape's matrices")
+    options.add_argument("--rival", type=int, default=2, help="matrices of each shape, 0 for none")
+    given = options.parse_args()
+    tasks, shapes = MODELS[given.model]
+    limit = 1e-3 if given.rank < 1 else 1e-4 if given.route == "gram_refined" else 1e-5
+    figures: dict[str, object] = {"error": check(given.device, given.route, given.rank, limit)}
+    print(f"error against float64: {figures['error']:.1e}")
+    total = 0.0
+    for shape, count in shapes:
+        number = max(1, round(given.fraction * count))
+        ours, rival = [], []
+        for index in range(number):
+            matrices = task_matrices(shape, tasks, given.device, seed=index % 8)
+            start = time.perf_counter()
+            superpose(matrices, rank=given.rank, route=given.route)
+            synchronize(given.device)
+            ours.append(time.perf_counter() - start)
+            if index < given.rival:
+                rival.append(seconds(lambda m=matrices: straightforward(m), given.device))
+        total += sum(ours) * count / number
+        entry = {"matrices": number, "of": count, "ours": spread(ours)}
+        line = f"{shape}: {number} of {count}, ours {shown(entry['ours'])}"
+        if rival:
+            ratio = spread([b / a for a, b in zip(ours, rival, strict=False)])
+            entry |= {"rival": spread(rival), "ratio": ratio}
+            line += f", straightforward {shown(entry['rival'])}, ratio {shown(ratio, 'x')}"
+        figures["x".join(map(str, shape))] = entry
+        print(line, flush=True)
+    device_peak = torch.cuda.max_memory_allocated() if given.device.startswith("cuda") else None
+    figures |= {
+        "tasks": tasks,
+        "rank": given.rank,
+        "route": given.route,
+        "seconds for all matrices": total,
+        "peak bytes": peak_memory(),
+        "peak device bytes": device_peak,
+    }
+    print(f"{given.model}, {tasks} tasks, all matrices: {total:.1f} s")
+    write(given.json, figures, given.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""How do time and memory grow with the number of models?
+
+python benchmarks/scaling.py --json benchmarks/results/scaling.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from harness import (
+    distance,
+    parser,
+    peak_memory,
+    peak_of,
+    reference,
+    seconds,
+    shown,
+    spread,
+    straightforward,
+    task_matrices,
+    write,
+)
+
+from mergekit_stf.core import superpose
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--size", type=int, default=512)
+    options.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
+    options.add_argument("--rival-up-to", type=int, default=8)
+    options.add_argument("--once", type=int, help="merge this many matrices and end")
+    given = options.parse_args()
+    shape = (given.size, given.size)
+    if given.once:
+        superpose(task_matrices(shape, given.once, given.device))
+        return
+    small = task_matrices((192, 160), 16, given.device)
+    error = distance(superpose(small).M, reference(small))
+    assert error <= 1e-5, error
+    figures: dict[str, object] = {"error": error, "size": given.size}
+    idle = peak_of([sys.executable, str(Path(__file__)), "--once", "1", "--size", "64"])[1]
+    for tasks in given.tasks:
+        matrices = task_matrices(shape, tasks, given.device)
+        report = superpose(matrices).report
+        assert report.converged
+        ours = spread(
+            [seconds(lambda m=matrices: superpose(m), given.device) for _ in range(given.runs)]
+        )
+        command = [sys.executable, __file__, "--once", str(tasks), "--size", str(given.size)]
+        entry = {"ours": ours, "steps": report.iterations, "bytes": peak_of(command)[1] - idle}
+        line = f"T = {tasks}: {shown(ours)}, {report.iterations} steps, "
+        line += f"{entry['bytes'] / 2**20:.0f} MiB"
+        if tasks <= given.rival_up_to:
+            entry["rival"] = spread([seconds(lambda m=matrices: straightforward(m), given.device)])
+            line += f", straightforward {shown(entry['rival'])}"
+        figures[str(tasks)] = entry
+        print(line, flush=True)
+    if {4, 64} <= set(given.tasks):
+        figures["64 to 4"] = figures["64"]["ours"]["median"] / figures["4"]["ours"]["median"]
+        print(f"time of T = 64 over T = 4: {figures['64 to 4']:.1f}")
+    figures["peak of the benchmark"] = peak_memory()
+    write(given.json, figures, given.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How much faster than the straightforward implementation is one weight of three tasks?
+
+python benchmarks/single_weight.py --json benchmarks/results/single_weight.json
+"""
+
+from __future__ import annotations
+
+import torch
+from harness import (
+    compare,
+    distance,
+    parser,
+    rates,
+    reference,
+    shown,
+    straightforward,
+    task_matrices,
+    write,
+)
+
+from mergekit_stf.core import superpose
+
+ACCURACY = 1e-5
+
+
+def check(device: str) -> float:
+    """Compare with the float64 reference, at a size where that takes seconds."""
+    matrices = task_matrices((1024, 768), 3, device, seed=1)
+    error = distance(superpose(matrices).M, reference(matrices))
+    assert error <= ACCURACY, error
+    return error
+
+
+def floor(shape: tuple[int, int], tasks: int, speed: dict[str, float]) -> dict[str, float]:
+    """Count the products that are left when everything else is free, and their time.
+
+    A task: the Gram matrix in float64 (m n²), its eigenvectors (about 9 n³ in float64), ``MV``
+    (2 m n²), and its share of M (2 m n²); a pair of tasks: ``UᵀU`` and ``VᵀV`` (2 n² (m + n)).
+    """
+    m, n = max(shape), min(shape)
+    double = tasks * (m * n * n + 9 * n**3)
+    single = tasks * 4 * m * n * n + tasks * (tasks - 1) / 2 * 2 * n * n * (m + n)
+    time = double / speed["float64 GFLOP/s"] / 1e9 + single / speed["float32 GFLOP/s"] / 1e9
+    return {"float64 GFLOP": double / 1e9, "float32 GFLOP": single / 1e9, "seconds": time}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x11008"])
+    options.add_argument("--tasks", type=int, default=3)
+    given = options.parse_args()
+    figures: dict[str, object] = {"error": check(given.device), "rates": rates(given.device)}
+    print(f"error against float64 {figures['error']:.1e}; rates {figures['rates']}")
+    for name in given.shapes:
+        shape = tuple(int(side) for side in name.split("x"))
+        matrices = task_matrices(shape, given.tasks, given.device)
+        ours, rival = superpose(matrices).M, straightforward(matrices)
+        apart = distance(ours, rival.double().cpu())
+        assert apart <= 1e-2, apart  # the rival's float32 SVD is what is off
+        del ours, rival
+        timed = compare(
+            lambda m=matrices: superpose(m),
+            lambda m=matrices: straightforward(m),
+            given.runs,
+            given.device,
+        )
+        least = floor(shape, given.tasks, figures["rates"])
+        figures[name] = timed | {"apart": apart, "floor": least}
+        print(
+            f"{name}, {given.tasks} tasks: ours {shown(timed['ours'])}, straightforward "
+            f"{shown(timed['rival'])}, ratio {shown(timed['ratio'], 'x')}, floor "
+            f"{least['seconds']:.2g} s, apart {apart:.1e}"
+        )
+    write(given.json, figures, given.device)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

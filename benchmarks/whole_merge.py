@@ -1,0 +1,163 @@
+"""How long does a whole merge take beside the host's own methods?
+
+A Llama of 119 million parameters (hidden 1024, intermediate 2816, 8 layers, vocabulary 8000) in
+bfloat16, a base and three tuned copies, merged by the real command in processes of its own, methods
+in turn: ``stf``, ``ties``, ``task_arithmetic``, and the straightforward implementation, registered
+with the host from this file.
+
+    python benchmarks/whole_merge.py --json benchmarks/results/whole_merge.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from harness import distance, parser, peak_of, reference, shown, spread, straightforward, write
+from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.easy_define import merge_method
+from mergekit.merge_methods.registry import register
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mergekit_stf.core import trim
+from mergekit_stf.host.rules import rule_for
+
+METHODS = ["stf", "ties", "task_arithmetic", "straightforward"]
+
+
+def make(root: Path, given: argparse.Namespace) -> None:
+    """Write a base and tuned copies whose deltas have a shared and a decaying part."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=given.hidden,
+        intermediate_size=given.inner,
+        num_hidden_layers=given.layers,
+        num_attention_heads=16,
+        vocab_size=given.vocabulary,
+    )
+    base = LlamaForCausalLM(config).bfloat16()
+    base.save_pretrained(root / "base")
+    for number in range(3):
+        tuned = LlamaForCausalLM(config).bfloat16()
+        tuned.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for p in tuned.parameters():
+                p.copy_(p.float() + 0.002 * torch.randn(p.shape) + low_rank(p.shape))
+        tuned.save_pretrained(root / f"tuned{number}")
+
+
+def low_rank(shape: torch.Size) -> torch.Tensor:
+    """Return a strong part of rank 32 for matrices, zero for the rest."""
+    if len(shape) != 2:
+        return torch.zeros(shape)
+    return 0.001 * torch.randn(shape[0], 32) @ torch.randn(32, shape[1]) / 32**0.5
+
+
+def recipe(root: Path, method: str, density: float) -> Path:
+    """Write the same recipe for each method, with one word changed."""
+    models = [
+        {"model": str(root / f"tuned{n}"), "parameters": {"weight": 1.0, "density": density}}
+        for n in range(3)
+    ]
+    settings = {"merge_method": method, "base_model": str(root / "base"), "models": models}
+    settings["dtype"] = "bfloat16"
+    path = root / f"{method}.yml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def check(root: Path, density: float) -> float:
+    """Compare the written M of one weight with float64, relative to the change by rounding."""
+    name = "model.layers.0.self_attn.k_proj.weight"
+    base, out = (
+        load_file(root / d / "model.safetensors")[name].double() for d in ("base", "out-stf")
+    )
+    tuned = [load_file(root / f"tuned{n}/model.safetensors")[name].double() for n in range(3)]
+    assert rule_for(name, base.shape, None) == "superpose"
+    expected = base + 0.8 * reference([trim((P - base).float(), density) for P in tuned])
+    error = float((out - expected).abs().max() / expected.abs().max())
+    assert error <= 2**-8, error
+    return distance(out - base, expected - base)
+
+
+def run_with_rival() -> None:
+    """Be ``mergekit-yaml`` with the straightforward implementation registered."""
+
+    @merge_method(name="straightforward")
+    def rival(group: TensorGroup) -> torch.Tensor:
+        base = group.base.tensor
+        deltas = [entry.tensor.float() - base.float() for entry in group.non_base]
+        M = straightforward(deltas) if base.ndim == 2 and base.shape[0] != 8000 else sum(deltas)
+        return (base.float() + 0.8 * M).to(base.dtype)
+
+    register(rival)
+    sys.argv = ["mergekit-yaml", *sys.argv[2:]]
+    mergekit_yaml()
+
+
+def command(root: Path, method: str, density: float) -> list[str]:
+    """Return the command that merges with one method."""
+    arguments = [
+        str(recipe(root, method, density)),
+        str(root / f"out-{method}"),
+        "--quiet",
+        "--no-copy-tokenizer",
+    ]
+    if method == "straightforward":
+        return [sys.executable, __file__, "--as-rival", *arguments]
+    return [str(Path(sys.executable).with_name("mergekit-yaml")), *arguments]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--as-rival"]:
+        run_with_rival()
+        return
+    options = parser(__doc__)
+    for name, default in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
+        options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--density", type=float, default=1.0)
+    options.add_argument("--rival-runs", type=int, default=1)
+    given = options.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    times: dict[str, list[float]] = {method: [] for method in METHODS}
+    peaks: dict[str, list[float]] = {method: [] for method in METHODS}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make(root, given)
+        for run in range(given.runs):
+            for method in METHODS:
+                if method == "straightforward" and run >= given.rival_runs:
+                    continue
+                elapsed, peak = peak_of(command(root, method, given.density))
+                times[method].append(elapsed)
+                peaks[method].append(peak / 1e9)
+            if run == 0:
+                apart = check(root, given.density)
+                print(
+                    f"written task matrix is {apart:.1e} from float64, bfloat16's rounding included"
+                )
+    figures: dict[str, object] = {"density": given.density, "apart": apart}
+    for method in METHODS:
+        pairs = zip(times["stf"], times[method], strict=False)
+        ratio = spread([ours / other for ours, other in pairs])
+        figures[method] = {
+            "time": spread(times[method]),
+            "stf over it": ratio,
+            "peak GB": spread(peaks[method]),
+        }
+        print(
+            f"{method}: {shown(spread(times[method]))}, stf takes {shown(ratio, 'x')} of it, peak "
+            f"{shown(spread(peaks[method]), 'GB')}"
+        )
+    write(given.json, figures)
+
+
+if __name__ == "__main__":
+    main()
