@@ -7,7 +7,7 @@ Algorithm 2 to what is no linear map, adds ``lambda M`` to the base and rounds o
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mergekit_stf.core import Report, STFError, superpose
-from mergekit_stf.host import architectures, coverage, diagnostics, notices, store
+from mergekit_stf.host import architectures, coverage, diagnostics, notices, rounding, store
 from mergekit_stf.host.parameters import PARAMETERS
 from mergekit_stf.host.rules import rule_for
 from mergekit_stf.host.tasks import Task, check_finite, check_type, deltas, ordered, same_bits
@@ -112,6 +112,7 @@ def merge_weight(
     """Check one weight's inputs, merge them by their rule, and record what was done."""
     name = group.metadata.name or "a weight without a name"
     notices.ignored(parameters)
+    rounding.note(name, group.entries)
     base: Tensor = group.base.tensor
     tasks = ordered(group, parameters["weight"], parameters["density"])
     unchanged = all(same_bits(task.tuned, base) for task in tasks)
@@ -186,6 +187,7 @@ def merged_matrix(
         "ridge": parameters["ridge"],
         "weights": [task.weight for task in tasks],
         "densities": [task.density for task in tasks],
+        "split": parameters["split"] and parameters["split"].text,
     }
     key = shelf.key([base, *(task.tuned for task in tasks)], options)
     kept = shelf.get(key)
@@ -203,17 +205,20 @@ def superposed(
     compute: torch.dtype,
     parameters: Mapping[str, Any],
 ) -> tuple[Tensor, list[Report]]:
-    """Superpose a matrix, or a stack of experts one by one, which bounds the memory."""
+    """Superpose a matrix, or one by one the experts of a stack and the maps of a fused projection.
+
+    Raises:
+        STFError: the parameter ``split`` does not fit the shape.
+    """
     if base.ndim == 3:
-        merged = torch.empty_like(base, dtype=compute)
-        reports = []
-        for index in range(base.shape[0]):
-            slices = [Task(t.label, t.tuned[index], t.weight, t.density) for t in tasks]
-            merged[index], report = superposed(
-                f"{name}[{index}]", base[index], slices, compute, parameters
-            )
-            reports += report
-        return merged, reports
+        return superposed_parts(name, base, tasks, compute, parameters, range(base.shape[0]))
+    if parameters["split"] is not None:
+        try:
+            parts = list(parameters["split"].indices(base.shape))
+        except ValueError as error:
+            raise STFError(f"{name}: {error}") from error
+        whole = {**parameters, "split": None}
+        return superposed_parts(name, base, tasks, compute, whole, parts)
     result = superpose(
         deltas(base, tasks, compute),
         rank=parameters["rank"],
@@ -222,6 +227,26 @@ def superposed(
         name=name,
     )
     return result.M, [result.report]
+
+
+def superposed_parts(
+    name: str,
+    base: Tensor,
+    tasks: Sequence[Task],
+    compute: torch.dtype,
+    parameters: Mapping[str, Any],
+    parts: Iterable[Any],
+) -> tuple[Tensor, list[Report]]:
+    """Superpose the parts at these indices one after another, which bounds the memory."""
+    merged = torch.empty_like(base, dtype=compute)
+    reports: list[Report] = []
+    for number, index in enumerate(parts):
+        own = [Task(t.label, t.tuned[index], t.weight, t.density) for t in tasks]
+        merged[index], report = superposed(
+            f"{name}[{number}]", base[index], own, compute, parameters
+        )
+        reports += report
+    return merged, reports
 
 
 def register() -> None:
