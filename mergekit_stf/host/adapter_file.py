@@ -68,7 +68,7 @@ def write_adapter(
     modules: list[Module] = []
     for stored, touched in merger.plan.touched.items():
         matrix = _factors(merger, stored, touched, max_rank)
-        if matrix is None:
+        if matrix is None or not matrix.rank:
             continue
         module, matrix = _shortened(touched.name.removesuffix(".weight"), matrix, max_rank)
         modules.append(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,7 +87,7 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     local = on_base(config, str(locate(base_of(config).model, cache)))
     LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
     base = base_of(local)
-    planned = dict(_stored(plan_weights(local, options)))
+    planned = _stored(plan_weights(local, options), base)
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
     for adapter in adapters:
         _check_names(adapter, names, base)
@@ -98,12 +98,15 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     return AdapterPlan(base, adapters, planned, touched)
 
 
-def _stored(planned: list[PlannedWeight]) -> Iterator[tuple[str, PlannedWeight]]:
+def _stored(planned: list[PlannedWeight], base: ModelReference) -> dict[str, PlannedWeight]:
+    """Map the names in the base's checkpoint to planned weights; a tie has no name of its own."""
+    stored = LoaderCache().get(base).index.tensor_paths
+    found: dict[str, PlannedWeight] = {}
     for weight in planned:
-        load = weight.loads[weight.base]
-        stored = load._resolve_name(LoaderCache().get(weight.base))
-        if stored is not None:
-            yield stored, weight
+        name = next((name for name in _names(weight) if name in stored), None)
+        if name is not None:
+            found[name] = weight
+    return found
 
 
 def _names(weight: PlannedWeight) -> tuple[str, ...]:

@@ -147,6 +147,9 @@ def test_weights_that_the_base_has_not(base: Path, adapter: Path, tmp_path: Path
     other = made.save_adapter(deeper, tmp_path / "other", 1, target_modules=["q_proj"])
     message = problem(made.recipe(base, [f"{base}+{other}"]), tmp_path / "out")
     assert "model.layers.2.self_attn.q_proj.weight" in message
+    tied = save_model(llama(tie_word_embeddings=True), tmp_path / "tied", tasks=0).base
+    other = made.save_adapter(tied, tmp_path / "head", 1, target_modules=["lm_head"])
+    assert "tied weights" in problem(made.recipe(tied, [f"{tied}+{other}"]), tmp_path / "out")
     wider = save_model(llama(hidden_size=32), tmp_path / "wider", tasks=0).base
     other = made.save_adapter(wider, tmp_path / "another", 1, target_modules=["q_proj"])
     assert "(32, 32)" in problem(made.recipe(base, [f"{base}+{other}"]), tmp_path / "out")
@@ -174,6 +177,17 @@ def test_updates_that_no_adapter_holds(base: Path, adapter: Path, tmp_path: Path
     )
     message = problem(made.recipe(base, [f"{base}+{norms}"]), tmp_path / "out2", adapter=True)
     assert "input_layernorm" in message
+
+
+def test_untrained_adapters_change_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    zero = {k: v * 0 if ".lora_B." in k else v for k, v in load_file(file).items()}
+    save_file(zero, file)
+    content = made.recipe(base, [f"{base}+{adapter}"])
+    assert "changes nothing" in problem(content, tmp_path / "out", adapter=True)
+    merged(content, tmp_path / "model")
+    before, after = made.tensors(base), made.tensors(tmp_path / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_output_is_never_overwritten(base: Path, adapter: Path) -> None:
