@@ -29,6 +29,7 @@ from mergekit_stf.core import Report, STFError, superpose
 from mergekit_stf.host import architectures, coverage, diagnostics, notices, rounding, store
 from mergekit_stf.host.parameters import PARAMETERS
 from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.split import parse as parse_split
 from mergekit_stf.host.tasks import Task, check_finite, check_type, deltas, ordered, same_bits
 
 NAME = "stf"
@@ -187,7 +188,7 @@ def merged_matrix(
         "ridge": parameters["ridge"],
         "weights": [task.weight for task in tasks],
         "densities": [task.density for task in tasks],
-        "split": parameters["split"] and parameters["split"].text,
+        "split": str(parameters["split"]),
     }
     key = shelf.key([base, *(task.tuned for task in tasks)], options)
     kept = shelf.get(key)
@@ -212,12 +213,12 @@ def superposed(
     """
     if base.ndim == 3:
         return superposed_parts(name, base, tasks, compute, parameters, range(base.shape[0]))
-    if parameters["split"] is not None:
+    if (split := parse_split(parameters["split"])) is not None:
         try:
-            parts = list(parameters["split"].indices(base.shape))
+            parts = list(split.indices(base.shape))
         except ValueError as error:
             raise STFError(f"{name}: {error}") from error
-        whole = {**parameters, "split": None}
+        whole = {**parameters, "split": "none"}
         return superposed_parts(name, base, tasks, compute, whole, parts)
     result = superpose(
         deltas(base, tasks, compute),

@@ -95,7 +95,7 @@ PARAMETERS: tuple[ParameterSpec, ...] = (
     Parameter("rank", float, ParameterScope.SHARED, 1.0, "leading features kept", check=rank),
     Parameter("ridge", Any, ParameterScope.SHARED, "auto", "regularisation of G", check=ridge),
     Parameter("rule", str, ParameterScope.SHARED, "auto", "how a weight is merged", check=rule),
-    Parameter("split", Any, ParameterScope.SHARED, None, "maps of a fused matrix", check=parse),
+    Parameter("split", Any, ParameterScope.SHARED, "none", "maps of a fused matrix", check=parse),
     ParameterSpec("normalize", Any, ParameterScope.SHARED, None, "accepted and ignored, aloud"),
     ParameterSpec("rescale", Any, ParameterScope.SHARED, None, "accepted and ignored, aloud"),
     ParameterSpec("int8_mask", Any, ParameterScope.SHARED, None, "accepted and ignored, aloud"),

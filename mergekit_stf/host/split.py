@@ -35,6 +35,10 @@ class Split:
     sizes: tuple[int, ...]
     groups: int
 
+    def __str__(self) -> str:
+        """Return the text of the recipe."""
+        return self.text
+
     def indices(self, shape: Sequence[int]) -> Iterator[tuple[slice | Tensor, ...]]:
         """Yield for each linear map the index of its entries in a matrix of this shape.
 
