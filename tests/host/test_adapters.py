@@ -20,7 +20,7 @@ from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_
 from mergekit_stf.host.recipe import check_recipe
 from tests import oracle
 from tests.host import peft_adapters as made
-from tests.host.models import gpt2, llama, save_model, vit
+from tests.host.models import gpt2, llama, save_family, save_model, vit
 
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
 IDS = torch.arange(10).unsqueeze(0)
@@ -117,6 +117,34 @@ def test_gpt2_equals_the_full_route(
     merged(made.recipe(gpt2_base, made.on_base(gpt2_base, gpt2_adapters)), tmp_path / "native")
     expected = full_route(gpt2_base, gpt2_adapters, tmp_path / "full")
     assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("t5", ["q", "wo"]),
+        ("bert", ["query", "dense"]),
+        ("clip", ["q_proj", "fc2"]),
+        ("mamba", ["in_proj", "x_proj"]),
+        ("mixtral", ["q_proj", "o_proj"]),
+    ],
+)
+def test_other_families_equal_the_full_route(
+    family: str, targets: list[str], tmp_path: Path
+) -> None:
+    base = save_family(family, tmp_path, tasks=0).base
+    adapters = [
+        made.save_adapter(base, tmp_path / f"a{seed}", seed, target_modules=targets)
+        for seed in (1, 2)
+    ]
+    content = made.recipe(base, made.on_base(base, adapters))
+    merged(content, tmp_path / "native")
+    merged(content, tmp_path / "adapter", adapter=True)
+    full_route(base, adapters, tmp_path / "full")
+    expected = made.load(tmp_path / "full").state_dict()
+    assert_equal(made.load(tmp_path / "native").state_dict(), expected, 1e-5)
+    adapted = made.with_adapter(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert_equal(adapted, expected, 1e-5)
 
 
 def test_embeddings_biases_and_replaced_weights_equal_the_full_route(tmp_path: Path) -> None:
