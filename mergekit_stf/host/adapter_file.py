@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank, truncated
 from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_plan import AdapterPlan, TouchedWeight
+from mergekit_stf.host.adapter_recipe import base_of
 from mergekit_stf.host.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
@@ -47,16 +49,16 @@ class Module:
 
 
 def write_adapter(
-    merger: AdapterMerger, base: ModelReference, out: Path, max_rank: int | None = None
+    merger: AdapterMerger, config: MergeConfiguration, out: Path, max_rank: int | None = None
 ) -> list[Module]:
     """Write one LoRA adapter that changes the base as the merge does, lambda included.
 
-    Its scale is 1 everywhere, its factors are float32, and a module's rank is the sum of the ranks
-    of its updates.
+    Its scale is 1 everywhere, its factors are float32 unless the recipe has ``dtype`` or
+    ``out_dtype``, and a module's rank is the sum of the ranks of its updates.
 
     Args:
         merger: merges what the adapters change.
-        base: the base as the recipe names it, for the adapter's configuration.
+        config: the recipe, for the base's name and the type of the factors.
         out: an existing directory.
         max_rank: the rank to which every larger module is truncated.
 
@@ -64,6 +66,7 @@ def write_adapter(
         STFError: a weight that no adapter can hold (a bias, a normalisation parameter), or a
             trimmed or replaced matrix without ``max_rank``.
     """
+    dtype = dtype_from_name(config.out_dtype or config.dtype) or torch.float32
     tensors: dict[str, Tensor] = {}
     modules: list[Module] = []
     for stored, touched in merger.plan.touched.items():
@@ -73,11 +76,11 @@ def write_adapter(
         module, matrix = _shortened(touched.name.removesuffix(".weight"), matrix, max_rank)
         modules.append(module)
         oriented = matrix.transposed if touched.transposed else matrix
-        tensors.update(_tensors(module.name, oriented, touched.embedding))
+        tensors.update(_tensors(module.name, oriented, touched.embedding, dtype))
     if not modules:
         raise STFError("the merge changes nothing, so there is no adapter to write")
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_config(_config(merger.plan, base, modules), out / CONFIG_FILE)
+    _write_config(_config(merger.plan, base_of(config), modules), out / CONFIG_FILE)
     return modules
 
 
@@ -119,13 +122,15 @@ def _shortened(name: str, matrix: LowRank, max_rank: int | None) -> tuple[Module
     return Module(name, short.rank, dropped, matrix.norm), short
 
 
-def _tensors(module: str, matrix: LowRank, embedding: bool) -> dict[str, Tensor]:
+def _tensors(
+    module: str, matrix: LowRank, embedding: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
     A, B = ("lora_A.weight", "lora_B.weight")
     if embedding:
         A, B = ("lora_embedding_A", "lora_embedding_B")
     return {
-        f"{PREFIX}{module}.{A}": matrix.right.float().contiguous(),
-        f"{PREFIX}{module}.{B}": matrix.left.float().contiguous(),
+        f"{PREFIX}{module}.{A}": matrix.right.to(dtype).contiguous(),
+        f"{PREFIX}{module}.{B}": matrix.left.to(dtype).contiguous(),
     }
 
 

@@ -11,7 +11,6 @@ from mergekit_stf.host.adapter_file import Module, write_adapter
 from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_model import write_model
 from mergekit_stf.host.adapter_plan import plan_adapters
-from mergekit_stf.host.adapter_recipe import base_of
 from mergekit_stf.host.finished import HOST_RECIPE
 from mergekit_stf.host.recipe import Recipe
 from mergekit_stf.host.workspace import Workspace
@@ -80,7 +79,7 @@ def merge_to_adapter(
     """
     with Workspace(out, force) as work:
         merger = AdapterMerger(plan_adapters(recipe.config, options))
-        modules = write_adapter(merger, base_of(recipe.config), work.output, max_rank)
+        modules = write_adapter(merger, recipe.config, work.output, max_rank)
         _write_recipe(recipe, work.output)
         work.publish()
     return _outcome(merger, modules)

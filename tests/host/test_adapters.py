@@ -295,6 +295,8 @@ def test_types_and_shards_of_the_output(
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert settings["dtype"] == "float16"
     made.load(tmp_path / "out")
+    merge_to_adapter(recipe, tmp_path / "adapter", options)
+    assert {t.dtype for t in made.tensors(tmp_path / "adapter").values()} == {torch.float16}
 
 
 def test_tensors_that_no_table_names_are_copied(
