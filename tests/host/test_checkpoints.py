@@ -12,6 +12,7 @@ import transformers
 import yaml
 from click.testing import CliRunner
 from mergekit.io.tasks import LoaderCache
+from mergekit.scripts.moe import main as mergekit_moe
 from mergekit.scripts.multimerge import main as mergekit_multi
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -196,10 +197,22 @@ def test_step_of_a_multi_merge(plain: Checkpoints, tmp_path: Path) -> None:
 
 
 def test_experts_of_a_mixture_may_come_from_a_merge(plain: Checkpoints, tmp_path: Path) -> None:
-    """What ``mergekit-moe`` needs of an input: an ordinary checkpoint with every weight."""
-    merge(recipe(plain), tmp_path / "out")
-    assert (
-        load_file(tmp_path / "out" / "model.safetensors").keys()
-        == load_file(plain.base / "model.safetensors").keys()
-    )
-    reload(tmp_path / "out", LLAMA)
+    """``mergekit-moe`` puts a merged model among its experts as it does any other."""
+    merge(recipe(plain), tmp_path / "merged")
+    tokenizer(WORDS).save_pretrained(tmp_path / "merged")
+    sources = [tmp_path / "merged", plain.tuned[0]]
+    config = {
+        "base_model": str(tmp_path / "merged"),
+        "gate_mode": "random",
+        "dtype": "float32",
+        "experts": [{"source_model": str(source), "positive_prompts": [""]} for source in sources],
+    }
+    file = tmp_path / "moe.yml"
+    file.write_text(yaml.safe_dump(config))
+    LoaderCache().loaders.clear()
+    arguments = [str(file), str(tmp_path / "out"), "--quiet"]
+    CliRunner().invoke(mergekit_moe, arguments, catch_exceptions=False, standalone_mode=False)
+    mixture = load_file(tmp_path / "out" / "model.safetensors")
+    for expert, source in enumerate(sources):
+        stored = load_file(source / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+        assert mixture["model.layers.1.mlp.experts.down_proj"][expert].equal(stored)
