@@ -25,8 +25,9 @@ class Kind:
 
     Attributes:
         rule: that merges it.
-        stack: matrices in it, 1 but for experts.
-        sides: rows and columns of one matrix, the larger first; a vector has one column.
+        stack: matrices in it, 1 but for experts and fused projections; smaller ones count by
+            their work.
+        sides: rows and columns of the largest, the larger first; a vector has one column.
         dtype: of the inputs.
         weights: the scale of each task.
         densities: the fraction that trimming keeps, for each task.
@@ -35,7 +36,7 @@ class Kind:
     """
 
     rule: str
-    stack: int
+    stack: float
     sides: tuple[int, int]
     dtype: torch.dtype
     weights: tuple[float, ...]
@@ -44,7 +45,7 @@ class Kind:
     ridge: float | str
 
     @property
-    def numel(self) -> int:
+    def numel(self) -> float:
         """Entries of the whole weight."""
         return self.stack * self.sides[0] * self.sides[1]
 
@@ -52,18 +53,21 @@ class Kind:
     def operations(self) -> float:
         """A measure of the work, to compare kinds with each other."""
         share = self.sides[1] if self.rule == "superpose" else 1
-        return float(self.numel * share * len(self.weights))
+        return self.numel * share * len(self.weights)
 
 
 def kind_of(weight: PlannedWeight) -> Kind:
     """Return the kind of a weight of a plan."""
-    *stack, rows, columns = (1, 1, *weight.header.shape)[-3:]
-    if weight.rule != "superpose":
-        stack, rows, columns = [1], weight.numel, 1
+    sides, stack = (weight.numel, 1), 1.0
+    if weight.rule == "superpose":
+        hollow = torch.empty(weight.header.shape, device="meta")
+        shapes = [(max(piece.shape), min(piece.shape)) for piece in weight.pieces(hollow)]
+        work = [rows * columns**2 for rows, columns in shapes]
+        sides, stack = shapes[work.index(max(work))], sum(work) / max(work)
     return Kind(
         rule=weight.rule,
-        stack=stack[0],
-        sides=(max(rows, columns), min(rows, columns)),
+        stack=stack,
+        sides=sides,
         dtype=weight.dtype,
         weights=weight.weight,
         densities=weight.density,
@@ -113,7 +117,7 @@ def _measure(kind: Kind, device: torch.device, budget: float) -> float:
 def _run(kind: Kind, side: int, device: torch.device) -> float:
     """Merge one random matrix whose larger side is ``side`` and return the seconds."""
     group = _group(kind, side, device)
-    parameters = {"rank": kind.rank, "ridge": kind.ridge, "lambda": 1.0}
+    parameters = {"rank": kind.rank, "ridge": kind.ridge, "lambda": 1.0, "split": "none"}
     labels = [entry.id for entry in group.non_base]
     started = _now(device)
     tasks = ordered(

@@ -21,6 +21,7 @@ from mergekit.plan import MergePlanner
 
 from mergekit_stf.host.headers import Header, header_of
 from mergekit_stf.host.rules import Rule, rule_for
+from mergekit_stf.host.split import parse as parse_split
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class PlannedWeight:
     def numel(self) -> int:
         """Entries of one tensor."""
         return torch.Size(self.header.shape).numel()
+
+    def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Take a tensor of this weight apart into the matrices that are superposed one by one.
+
+        These are the experts of a stack, the maps of a fused projection, or the matrix itself.
+        """
+        if tensor.ndim == 3:
+            return [piece for expert in tensor for piece in self.pieces(expert)]
+        split = parse_split(self.shared["split"])
+        if split is None:
+            return [tensor]
+        return [tensor[index] for index in split.indices(tensor.shape)]
 
     def load(self, model: ModelReference) -> torch.Tensor | None:
         """Read this weight of one model, None where an optional weight is missing."""

@@ -64,7 +64,7 @@ def measure(
     A rival is what the host makes of the same recipe with its method changed and λ = 1.
 
     Args:
-        weight: a weight of rule ``superpose``, one matrix or a stack of them.
+        weight: a weight of rule ``superpose``, one matrix, a stack or a fused projection.
         written: the weight as the merge wrote it, to measure what storing it rounded off.
         device: where to compute.
     """
@@ -80,14 +80,15 @@ def measure(
         merged[name] = _rival(name, base.to(compute), [t.tuned.to(compute) for t in tasks], weight)
     if written is not None and weight.shared["lambda"]:
         merged[STORED] = (written.to(device).double() - base.double()) / weight.shared["lambda"]
-    stacks = zip(*(_matrices(delta) for delta in deltas(base, tasks, compute)), strict=True)
+    pieces = {name: weight.pieces(M) for name, M in merged.items()}
+    tasks_of = zip(*(weight.pieces(M) for M in deltas(base, tasks, compute)), strict=True)
     parts = [
         _measure_matrix(
             [_features(M, count) for M, count in zip(matrices, report.ranks, strict=True)],
-            {name: _matrices(M)[index] for name, M in merged.items()},
+            {name: matrices[index] for name, matrices in pieces.items()},
             weight.name,
         )
-        for index, (matrices, report) in enumerate(zip(stacks, reports, strict=True))
+        for index, (matrices, report) in enumerate(zip(tasks_of, reports, strict=True))
     ]
     return _joined(weight.name, parts)
 
@@ -97,10 +98,6 @@ def _load(weight: PlannedWeight, model: ModelReference, device: str) -> torch.Te
     if tensor is None:
         raise STFError(f"{model} has no tensor {weight.name!r}, which the merge needs")
     return tensor.to(device)
-
-
-def _matrices(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, *tensor.shape[-2:])
 
 
 def _rival(
@@ -135,7 +132,7 @@ def _features(delta: torch.Tensor, count: int) -> Features:
 
 
 def _joined(name: str, parts: list[Preservation]) -> Preservation:
-    """Average the matrices of a stack, each feature counting once."""
+    """Average the matrices of one weight, each feature counting once."""
     total = sum(part.features for part in parts)
     share = [part.features / max(1, total) for part in parts]
     return Preservation(

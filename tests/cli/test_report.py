@@ -17,7 +17,10 @@ from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.core.superpose import superpose
 from mergekit_stf.host.diagnostics import Record
 from mergekit_stf.host.finished import Finished
+from mergekit_stf.host.options import MergeOptions
+from mergekit_stf.host.planned import plan_weights
 from mergekit_stf.host.preservation import METHODS, Preservation, measure
+from mergekit_stf.host.recipe import load_recipe
 from tests.cli.browser import ask
 from tests.cli.merges import run, tiny_models, write_recipe
 
@@ -101,6 +104,31 @@ def test_errors_match_an_independent_computation(merged: Path, measured: Preserv
     written = load_file(merged / "model.safetensors")[WEIGHT].double()
     expected = independent_error(merged, (written - base) / 0.5, WEIGHT)
     assert measured.error["stored"] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "parameters", "matrices"),
+    [
+        ("mixtral", "experts.down_proj", {}, 4),
+        ("gpt2", "c_attn.weight", {"split": "columns 3"}, 3),
+        ("gpt2", "c_attn.weight", {}, 1),
+        ("llama", "up_proj.weight", {"rank": 0.5}, 1),
+    ],
+)
+def test_stacks_and_fused_projections_are_measured_matrix_by_matrix(
+    tmp_path: Path, family: str, name: str, parameters: dict[str, object], matrices: int
+) -> None:
+    settings = {key: {"value": value, "filter": name} for key, value in parameters.items()}
+    recipe = write_recipe(tmp_path / "recipe.yml", tiny_models(tmp_path, family), **settings)
+    weights = plan_weights(load_recipe(recipe).config, MergeOptions())
+    weight = next(weight for weight in weights if weight.name.endswith(name))
+    pieces = weight.pieces(torch.empty(weight.header.shape))
+    found = measure(weight)
+    assert len(pieces) == matrices
+    kept = parameters.get("rank", 1.0)
+    assert found.features == sum(3 * int(kept * min(piece.shape)) for piece in pieces)  # type: ignore[operator]
+    assert found.error["stf"] < 1e-5 * found.mean_square
+    assert found.error["ties"] > 1e-2 * found.mean_square
 
 
 def test_every_superposed_weight_is_measured_and_listed(merged: Path) -> None:

@@ -1,0 +1,132 @@
+"""Are the tools' promises kept: the estimates of plan, the cost of sweep, the cost of diagnostics?
+
+On the 119-million-parameter Llama of ``whole_merge.py``, each command in a process of its own, in
+turn: ``plan`` against what ``merge`` then takes; ``sweep`` over nine values of lambda against one
+``merge`` and nine times the writing; the recording of diagnostics against the merge's own time.
+
+    python benchmarks/tools.py --json benchmarks/results/tools.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from harness import parser, peak_of, seconds, shown, spread, task_matrices, write
+from safetensors.torch import load_file, save_file
+from whole_merge import make, recipe
+
+from mergekit_stf.core import superpose
+from mergekit_stf.host import diagnostics
+
+POINTS = "0.4:1.2:0.1"
+COMMAND = str(Path(sys.executable).with_name("mergekit-stf"))
+
+
+def planned(path: Path, out: Path) -> dict[str, float]:
+    """Return the estimates of ``plan``."""
+    arguments = [COMMAND, "plan", str(path), "--out", str(out), "--json"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)["estimate"]
+    return found
+
+
+def records(out: Path) -> list[dict[str, float]]:
+    """Return the records of a merge."""
+    lines = (out / diagnostics.FILE_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def writing(out: Path) -> float:
+    """Return the seconds that writing one output to the disk takes."""
+    tensors = load_file(out / "model.safetensors")
+    copy = out.parent / "written.safetensors"
+
+    def work() -> None:
+        save_file(tensors, copy)
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+
+    found = seconds(work)
+    copy.unlink()
+    return found
+
+
+def recording(root: Path) -> float:
+    """Return the seconds that one record takes."""
+    matrices = task_matrices((1024, 1024), 3)
+    report = superpose(matrices, source_dtype=torch.bfloat16).report
+    with diagnostics.recording(root / "d.jsonl") as recorder:
+        times = [
+            seconds(
+                lambda: recorder.record(
+                    name="model.layers.0.mlp.up_proj.weight",
+                    rule="superpose",
+                    shape=(1024, 1024),
+                    models=["a", "b", "c"],
+                    seconds=1.0,
+                    device=torch.device("cpu"),
+                    reports=[report],
+                )
+            )
+            for _ in range(100)
+        ]
+    return statistics.median(times)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    for name, default in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
+        options.add_argument(f"--{name}", type=int, default=default)
+    given = options.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    ratios: dict[str, list[float]] = {
+        "plan's time over the merge's": [],
+        "plan's memory over the merge's": [],
+        "sweep, less the writing, over one merge": [],
+        "diagnostics over the merge": [],
+    }
+    times: dict[str, list[float]] = {"merge": [], "sweep of 9": [], "one writing": []}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make(root, given)
+        path, out, points = recipe(root, "stf", 1.0), root / "out", root / "points"
+        for _ in range(given.runs):
+            estimate = planned(path, out)
+            merge, peak = peak_of([COMMAND, "merge", str(path), str(out), "--quiet"])
+            arguments = ["sweep", str(path), str(points), "--lambda", POINTS, "--quiet"]
+            sweep, _ = peak_of([COMMAND, *arguments])
+            one, count = writing(out), len(records(out))
+            same = (points / "lambda-0.8" / "model.safetensors").read_bytes()
+            assert same == (out / "model.safetensors").read_bytes()
+            for name, value in zip(
+                ratios,
+                (
+                    estimate["seconds"] / merge,
+                    estimate["memory"] / peak,
+                    (sweep - 9 * one) / merge,
+                    recording(root) * count / merge,
+                ),
+                strict=True,
+            ):
+                ratios[name].append(value)
+            for name, value in zip(times, (merge, sweep, one), strict=True):
+                times[name].append(value)
+            shutil.rmtree(out)
+            shutil.rmtree(points)
+    for name, values in times.items():
+        print(f"{name}: {shown(spread(values))}")
+    for name, values in ratios.items():
+        print(f"{name}: {shown(spread(values), 'x')}")
+    write(given.json, {name: spread(values) for name, values in {**times, **ratios}.items()})
+
+
+if __name__ == "__main__":
+    main()
