@@ -1,0 +1,41 @@
+"""Every engine benchmark runs, at a size where that takes a second, and checks its answers."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SMALL = {
+    "single_weight": ["--shapes", "96x96", "64x128", "--runs", "1"],
+    "model_shapes": ["tiny", "--rival", "1"],
+    "scaling": ["--size", "32", "--tasks", "2", "4", "--runs", "1"],
+    "truncation": ["--size", "288", "--error-size", "288", "--ranks", "0.1", "--runs", "1"],
+    "memory": ["--shapes", "128x96x3"],
+    "trimming": ["--sizes", "300", "--runs", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_benchmark(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    written = tmp_path / "figures.json"
+    script = FOLDER / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *SMALL[name], "--json", str(written)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert json.loads(written.read_text())["machine"]["torch"]
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [["--rank", "0.2"], ["--route", "gram_refined"], ["--route", "gram_float32"]]
+)
+def test_the_benchmark_for_a_card_runs_on_a_cpu(options, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = FOLDER / "model_shapes.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "tiny", "--fraction", "0.5", *options])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "all matrices" in capsys.readouterr().out
