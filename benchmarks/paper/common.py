@@ -18,9 +18,15 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from mergekit_stf.cli.demo_corpus import Split
-from mergekit_stf.cli.demo_models import build_models, load_model
+from mergekit_stf.cli.demo_models import load_model, save_model
 from mergekit_stf.cli.demo_texts import KINDS
-from mergekit_stf.cli.demo_training import Settings, bits_per_byte
+from mergekit_stf.cli.demo_training import (
+    Settings,
+    bits_per_byte,
+    torch_threads,
+    train_base,
+    train_specialist,
+)
 from mergekit_stf.core import trim
 from mergekit_stf.host.rules import rule_for
 
@@ -72,15 +78,30 @@ class Study:
         return {"losses": losses, "mean": mean, "kept": gained / possible}
 
 
-def load_study(seed: int, models: Path) -> Study:
-    """Read the models of a seed, trained first if they are not there."""
+def trained(seed: int, models: Path, settings: Settings) -> dict[str, Path]:
+    """Return the checkpoints of a seed, trained first if they are not there."""
     directory = models / f"seed-{seed}"
-    if not (directory / SETTINGS.kinds[-1]).exists():
-        with tqdm(total=SETTINGS.steps, desc=f"training, seed {seed}") as bar:
-            build_models(directory, SETTINGS, seed, lambda _, steps: bar.update(steps))
-    weights = {k: load_file(directory / k / "model.safetensors") for k in ("base", *SETTINGS.kinds)}
+    paths = {kind: directory / f"rehearsal-{settings.rehearsal}" / kind for kind in settings.kinds}
+    with torch_threads(settings.threads), tqdm(total=settings.steps, desc=f"seed {seed}") as bar:
+
+        def advance(_: str, steps: int) -> None:
+            bar.update(steps)
+
+        if not (directory / "base").exists():
+            save_model(train_base(settings, seed, advance), directory / "base")
+        base = load_model(directory / "base")
+        for kind, path in paths.items():
+            if not path.exists():
+                save_model(train_specialist(base, kind, settings, seed, advance), path)
+    return {"base": directory / "base", **paths}
+
+
+def load_study(seed: int, models: Path, settings: Settings = SETTINGS) -> Study:
+    """Read the models of a seed and measure them."""
+    paths = trained(seed, models, settings)
+    weights = {name: load_file(path / "model.safetensors") for name, path in paths.items()}
     base = weights.pop("base")
-    study = Study(seed, base, weights, load_model(directory / "base"), {})
+    study = Study(seed, base, weights, load_model(paths["base"]), {})
     for split in ("validation", "test"):
         before = study.losses(base, SETTINGS.kinds, split)
         study.floor[split] = {
@@ -164,27 +185,34 @@ def read(name: str) -> dict[str, Any]:
 
 
 def main(name: str, measure: Callable[[Study], Any]) -> None:
-    """Run one question for several seeds and write ``benchmarks/results/paper-NAME.json``."""
+    """Run one question for several seeds and write ``benchmarks/results/paper-NAME.json``.
+
+    The specialists are plain fine-tunings, as the paper's are; ``--rehearsal`` takes the demo's,
+    which rehearse the base's text and so have a large part in common.
+    """
 
     @click.command()
     @click.option("--seeds", default=3, show_default=True)
     @click.option("--models", type=click.Path(path_type=Path), default=ROOT / "build" / "paper")
     @click.option("--threads", default=torch.get_num_threads())
-    def run(seeds: int, models: Path, threads: int) -> None:
+    @click.option("--rehearsal/--plain", default=False, help="Mix background into the tuning.")
+    def run(seeds: int, models: Path, threads: int, rehearsal: bool) -> None:
+        settings = SETTINGS if rehearsal else dataclasses.replace(SETTINGS, rehearsal=0)
         torch.set_num_threads(threads)
         found = {}
         for seed in range(seeds):
-            study = load_study(seed, models)
+            study = load_study(seed, models, settings)
             check_change(study)
             found[seed] = measure(study)
             print(f"{name}: seed {seed} done", flush=True)
         RESULTS.mkdir(exist_ok=True)
         record = {
-            "settings": dataclasses.asdict(SETTINGS),
+            "settings": dataclasses.asdict(settings),
             "windows": WINDOWS,
             "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
             "seeds": found,
         }
-        (RESULTS / f"paper-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        variant = f"{name}-rehearsal" if rehearsal else name
+        (RESULTS / f"paper-{variant}.json").write_text(json.dumps(record, indent=1) + "\n")
 
     run()

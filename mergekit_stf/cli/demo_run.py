@@ -21,6 +21,8 @@ from mergekit_stf.cli.demo_training import Advance, Settings, bits_per_byte, tor
 OWN_FILES = ("models", "recipes", "merged", "results.json")
 MERGE_STEPS = 60
 """Optimiser steps that take about as long as one merge, for the progress bar."""
+MEASURE_STEPS = 5
+"""The same for measuring one model."""
 
 
 class Results(BaseModel):
@@ -65,7 +67,8 @@ def clear(root: Path) -> None:
 
 def total_steps(settings: Settings) -> int:
     """Return how often ``run_demo`` advances in all."""
-    return settings.steps + MERGE_STEPS * len(METHODS)
+    models = 1 + len(settings.kinds) + len(METHODS)
+    return settings.steps + MERGE_STEPS * len(METHODS) + MEASURE_STEPS * models
 
 
 def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Results:
@@ -87,7 +90,7 @@ def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Res
         seed=seed,
         settings=dataclasses.asdict(settings),
         parameters=METHODS,
-        bits_per_byte={name: _losses(path, settings) for name, path in paths.items()},
+        bits_per_byte=_measured(paths, settings, advance),
         seconds=seconds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
@@ -102,7 +105,14 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
-def _losses(path: Path, settings: Settings) -> dict[str, float]:
-    model = load_model(path)
-    with torch_threads(settings.threads):
-        return {kind: bits_per_byte(model, kind, settings) for kind in settings.kinds}
+def _measured(
+    paths: dict[str, Path], settings: Settings, advance: Advance
+) -> dict[str, dict[str, float]]:
+    losses = {}
+    for name, path in paths.items():
+        advance("measuring", 0)
+        model = load_model(path)
+        with torch_threads(settings.threads):
+            losses[name] = {kind: bits_per_byte(model, kind, settings) for kind in settings.kinds}
+        advance("measuring", MEASURE_STEPS)
+    return losses

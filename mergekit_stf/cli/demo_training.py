@@ -28,7 +28,7 @@ class Settings:
         kinds: of text, one specialist each.
         background: kinds on which the base is trained in equal parts.
         rehearsal: one row in so many of a specialist's text is background, so that it forgets
-            less of what the base knew.
+            less of what the base knew; 0 is none.
         hidden, layers, heads, context: of the Llama.
         batch: rows of ``context + 1`` bytes a step.
         base_steps, specialist_steps: optimiser steps.
@@ -107,6 +107,8 @@ def rows_for_base(settings: Settings) -> Iterator[str]:
 def rows_for_specialist(kind: str, settings: Settings) -> Iterator[str]:
     """Yield the kind of each row of a specialist's text: its own, now and then background."""
     background = rows_for_base(settings)
+    if not settings.rehearsal:
+        yield from itertools.repeat(kind)
     while True:
         yield from [kind] * (settings.rehearsal - 1)
         yield next(background)
