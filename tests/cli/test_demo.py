@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -22,7 +24,7 @@ from mergekit_stf.cli.demo_corpus import corpus, encode, split_documents
 from mergekit_stf.cli.demo_models import build_models, byte_tokenizer
 from mergekit_stf.cli.demo_run import Results
 from mergekit_stf.cli.demo_texts import KINDS
-from mergekit_stf.cli.demo_training import Settings
+from mergekit_stf.cli.demo_training import Settings, rows_for_specialist
 from mergekit_stf.cli.errors import INTERRUPTED, WRONG
 from mergekit_stf.cli.main import main
 from mergekit_stf.core.errors import STFError
@@ -87,6 +89,8 @@ def test_specialists_win_on_their_own_text(finished: tuple[Path, Result]) -> Non
         others = [losses[name][kind] for name in ("base", *KINDS_OF_DEMO) if name != kind]
         assert losses[kind][kind] < min(others)
     assert "Each specialist is the best unmerged model on its own text." in result.stdout
+    assert "stf: 100%" not in result.stderr
+    assert "measuring: 100%" in result.stderr
 
 
 @pytest.mark.slow
@@ -132,6 +136,14 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
         a, b, c = (path.read_bytes() for path in weights)
         assert a == b
         assert a != c
+
+
+def test_a_specialist_reads_its_own_kind_and_rehearses_background() -> None:
+    settings = dataclasses.replace(SHORT, background=("json", "html"), rehearsal=3)
+    rows = itertools.islice(rows_for_specialist("prose", settings), 7)
+    assert list(rows) == ["prose", "prose", "json", "prose", "prose", "html", "prose"]
+    plain = rows_for_specialist("prose", dataclasses.replace(SHORT, rehearsal=0))
+    assert set(itertools.islice(plain, 100)) == {"prose"}
 
 
 def test_training_leaves_the_callers_threads_and_random_state(tmp_path: Path) -> None:
