@@ -1,12 +1,17 @@
-"""``mergekit-stf doctor``: what is installed, what is live, what is missing."""
+"""``mergekit-stf doctor``: what is installed, what is live, what is missing.
+
+What it needs is imported when it runs, so that help and completion answer at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_stf.host.health import Health, examine
+if TYPE_CHECKING:
+    from mergekit_stf.host.health import Health
 
 
 @click.command("doctor")
@@ -21,6 +26,8 @@ def command(as_json: bool) -> None:
     Example:
       mergekit-stf doctor
     """
+    from mergekit_stf.host.health import examine
+
     health = examine()
     if as_json:
         click.echo(health.model_dump_json(indent=2))

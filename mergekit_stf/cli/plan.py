@@ -96,7 +96,7 @@ def command(
 ) -> None:
     """Check the recipe CONFIG and estimate what merging it takes, without reading weights.
 
-    Everything that ``mergekit-stf merge`` checks before it starts is checked here. The time
+    Everything that mergekit-stf merge checks before it starts is checked here. The time
     comes from merging random weights of the recipe's shapes for two seconds on this device.
 
     Exits with 0 when the recipe can be merged and with 1 when it cannot, with one line on every

@@ -1,17 +1,16 @@
-"""``mergekit-stf report``: one HTML file that shows what a merge did."""
+"""``mergekit-stf report``: one HTML file that shows what a merge did.
+
+What it needs is imported when it runs, so that help and completion answer at once.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.finished import Finished
-from mergekit_stf.host.preservation import Preservation, measure
 
 EXTRA = ("jinja2", "matplotlib")
 DEFAULT_SAMPLE = 48
@@ -58,26 +57,10 @@ def command(
       mergekit-stf report merged/ --sample 0
     """
     _require_extra()
-    from mergekit_stf.cli._report.facts import build
-    from mergekit_stf.cli._report.page import render
-    from mergekit_stf.cli._report.plots import plots
+    from mergekit_stf.cli._report.write import write_report
 
-    finished = Finished(out)
-    records = finished.records(diagnostics)
-    measured = _measure(finished, sample, device, quiet) if sample else []
-    report = build(finished.name, finished.text, records, measured)
-    sections = plots(report)
-    output = output or out / "stf-report.html"
-    figures = output.with_suffix("")
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-        output.write_text(render(report, sections), encoding="utf-8")
-        for plot in (plot for drawn in sections.values() for plot in drawn):
-            (figures / f"{plot.name}.png").write_bytes(plot.light)
-    except OSError as error:
-        raise STFError(f"cannot write the report {output}: {error.strerror}") from error
-    click.echo(f"{output}: {len(records)} weights, {len(report.notices)} warnings")
-    click.echo(f"{figures}/: the figures as PNGs")
+    for line in write_report(out, sample, output, diagnostics, device, quiet):
+        click.echo(line)
 
 
 def _require_extra() -> None:
@@ -85,15 +68,3 @@ def _require_extra() -> None:
     if absent:
         names = " and ".join(absent)
         raise STFError(f"the report needs {names}: pip install 'mergekit-stf[report]'")
-
-
-def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> Sequence[Preservation]:
-    from mergekit_stf.cli._report.sample import spread
-
-    weights = {weight.name: weight for weight in finished.weights()}
-    superposed = [name for name, weight in weights.items() if weight.rule == "superpose"]
-    chosen = spread(superposed, sample)
-    return [
-        measure(weights[name], finished.weight(name), device)
-        for name in tqdm(chosen, desc="Measuring preservation", unit="weight", disable=quiet)
-    ]

@@ -80,7 +80,7 @@ def command(
 ) -> None:
     """Merge CONFIG once for every value of a grid, into one folder each under OUT.
 
-    Each folder is what ``mergekit-stf merge`` makes of the recipe with that value, byte for
+    Each folder is what mergekit-stf merge makes of the recipe with that value, byte for
     byte. The merged matrix does not depend on lambda, so a sweep over lambda decomposes once;
     one over density or rank decomposes once for each of these. A point that is there already is
     not merged again, so that an interrupted sweep goes on where it was.

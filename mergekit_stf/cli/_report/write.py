@@ -1,0 +1,60 @@
+"""From a finished merge to its report on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mergekit_stf.cli._report.facts import build
+from mergekit_stf.cli._report.page import render
+from mergekit_stf.cli._report.plots import plots
+from mergekit_stf.cli._report.sample import spread
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.finished import Finished
+from mergekit_stf.host.preservation import Preservation, measure
+
+
+def write_report(
+    out: Path, sample: int, output: Path | None, diagnostics: Path | None, device: str, quiet: bool
+) -> Iterator[str]:
+    """Write the page and its figures, and yield a line on each.
+
+    Args:
+        out: the folder of the merge.
+        sample: about how many weights to measure, 0 for none.
+        output: the page, None for ``out/stf-report.html``.
+        diagnostics: the records, None for those in ``out``.
+        device: where to measure.
+        quiet: show no progress.
+
+    Raises:
+        STFError: something of the merge is missing, or the page cannot be written.
+    """
+    finished = Finished(out)
+    records = finished.records(diagnostics)
+    measured = _measure(finished, sample, device, quiet) if sample else []
+    report = build(finished.name, finished.text, records, measured)
+    sections = plots(report)
+    output = output or out / "stf-report.html"
+    figures = output.with_suffix("")
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+        output.write_text(render(report, sections), encoding="utf-8")
+        for plot in (plot for drawn in sections.values() for plot in drawn):
+            (figures / f"{plot.name}.png").write_bytes(plot.light)
+    except OSError as error:
+        raise STFError(f"cannot write the report {output}: {error.strerror}") from error
+    yield f"{output}: {len(records)} weights, {len(report.notices)} warnings"
+    yield f"{figures}/: the figures as PNGs"
+
+
+def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> list[Preservation]:
+    weights = {weight.name: weight for weight in finished.weights()}
+    superposed = [name for name, weight in weights.items() if weight.rule == "superpose"]
+    chosen = spread(superposed, sample)
+    return [
+        measure(weights[name], finished.weight(name), device)
+        for name in tqdm(chosen, desc="Measuring preservation", unit="weight", disable=quiet)
+    ]
