@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mergekit_stf.cli.demo_merging import METHODS
-from mergekit_stf.cli.demo_run import Results, clear, run_demo, total_steps
+from mergekit_stf.cli.demo_run import Results, clear, model_losses, run_demo, total_steps
 from mergekit_stf.cli.demo_training import Settings
 from mergekit_stf.core.errors import STFError
 
@@ -19,8 +19,14 @@ from mergekit_stf.core.errors import STFError
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default="stf-demo")
 @click.option("--seed", default=0, show_default=True, help="Of the weights and the text's order.")
 @click.option("--quick", is_flag=True, help="Much smaller models: seconds, and figures to match.")
+@click.option(
+    "--measure",
+    metavar="MODEL",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Train nothing: print the loss of a model of the demo on validation text, the mean last.",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier demo in DIRECTORY.")
-def command(directory: Path, seed: int, quick: bool, force: bool) -> None:
+def command(directory: Path, seed: int, quick: bool, measure: Path | None, force: bool) -> None:
     """Train a tiny base and its specialists, merge them, and print what each merge does.
 
     Trains a byte-level Llama on text that this Python installation carries, fine-tunes one
@@ -33,10 +39,17 @@ def command(directory: Path, seed: int, quick: bool, force: bool) -> None:
     Example:
       mergekit-stf demo
       mergekit-stf demo elsewhere --seed 1
+      mergekit-stf sweep recipes/stf.yml sweep --lambda 0.3:1.0:0.1 \\
+        --eval "mergekit-stf demo --measure {out}" --lower-is-better
     """
     settings = Settings.tiny() if quick else Settings()
-    _prepare(directory, force)
     transformers_logging.disable_progress_bar()
+    if measure:
+        losses = model_losses(measure, settings, "validation")
+        for kind, loss in {**losses, "mean": sum(losses.values()) / len(losses)}.items():
+            click.echo(f"{kind} {loss:.4f}")
+        return
+    _prepare(directory, force)
     try:
         with tqdm(total=total_steps(settings), unit="step", dynamic_ncols=True) as bar:
 
@@ -115,6 +128,7 @@ def _next_steps(directory: Path) -> Iterator[str]:
     yield f"  cd {directory}"
     yield "  mergekit-yaml recipes/stf.yml merged/again   # change `lambda` or `density` before"
     yield "  mergekit-stf plan recipes/stf.yml"
-    yield "  mergekit-stf sweep recipes/stf.yml sweep --lambda 0.3:1.0:0.1"
+    yield "  mergekit-stf sweep recipes/stf.yml sweep --lambda 0.3:1.0:0.1 \\"
+    yield "    --eval 'mergekit-stf demo --measure {out}' --lower-is-better"
     yield "  mergekit-stf merge recipes/stf.yml merged/checked"
     yield "  mergekit-stf report merged/checked"

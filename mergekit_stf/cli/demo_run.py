@@ -14,6 +14,7 @@ import torch
 import transformers
 from pydantic import BaseModel
 
+from mergekit_stf.cli.demo_corpus import Split
 from mergekit_stf.cli.demo_merging import METHODS, merge, write_recipe
 from mergekit_stf.cli.demo_models import build_models, load_model
 from mergekit_stf.cli.demo_training import Advance, Settings, bits_per_byte, torch_threads
@@ -105,14 +106,19 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 2)
 
 
+def model_losses(path: Path, settings: Settings, split: Split) -> dict[str, float]:
+    """Return the bits per byte of a checkpoint on each kind of text of a split."""
+    model = load_model(path)
+    with torch_threads(settings.threads):
+        return {kind: bits_per_byte(model, kind, settings, split) for kind in settings.kinds}
+
+
 def _measured(
     paths: dict[str, Path], settings: Settings, advance: Advance
 ) -> dict[str, dict[str, float]]:
     losses = {}
     for name, path in paths.items():
         advance("measuring", 0)
-        model = load_model(path)
-        with torch_threads(settings.threads):
-            losses[name] = {kind: bits_per_byte(model, kind, settings) for kind in settings.kinds}
+        losses[name] = model_losses(path, settings, "test")
         advance("measuring", MEASURE_STEPS)
     return losses

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_stf.cli import demo, demo_corpus, demo_merging, demo_run, demo_texts
-from mergekit_stf.cli.demo_corpus import corpus, encode, split_documents
+from mergekit_stf.cli.demo_corpus import Split, corpus, encode, split_documents
 from mergekit_stf.cli.demo_models import build_models, byte_tokenizer
 from mergekit_stf.cli.demo_run import Results
 from mergekit_stf.cli.demo_texts import KINDS
@@ -44,13 +44,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return root, result
 
 
-def losses_in_float64(path: Path, settings: Settings) -> dict[str, float]:
+def losses_in_float64(path: Path, settings: Settings, split: Split = "test") -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(path).double()
-    return {kind: loss_in_float64(model, kind, settings) for kind in settings.kinds}
+    return {kind: loss_in_float64(model, corpus(kind)[split], settings) for kind in settings.kinds}
 
 
-def loss_in_float64(model: torch.nn.Module, kind: str, settings: Settings) -> float:
-    text, width = corpus(kind)["test"], settings.context + 1
+def loss_in_float64(model: torch.nn.Module, text: torch.Tensor, settings: Settings) -> float:
+    width = settings.context + 1
     fit = len(text) // width
     count = min(settings.windows, fit)
     bits = 0.0
@@ -79,6 +79,20 @@ def test_every_printed_loss_is_the_loss_of_the_checkpoint(finished: tuple[Path, 
         assert printed == pytest.approx(
             [*expected.values(), sum(expected.values()) / 3], abs=6e-4
         ), name
+
+
+@pytest.mark.slow
+def test_measure_prints_validation_losses_and_their_mean_last(
+    finished: tuple[Path, Result],
+) -> None:
+    path = finished[0] / "merged" / "stf"
+    result = CliRunner().invoke(main, ["demo", "--quick", "--measure", str(path)])
+    expected = losses_in_float64(path, Settings.tiny(), "validation")
+    printed = [line.split() for line in result.stdout.splitlines()]
+    assert [name for name, _ in printed] == [*KINDS_OF_DEMO, "mean"]
+    assert [float(figure) for _, figure in printed] == pytest.approx(
+        [*expected.values(), sum(expected.values()) / 3], abs=6e-5
+    )
 
 
 @pytest.mark.slow
