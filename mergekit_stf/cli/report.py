@@ -10,8 +10,6 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.core.errors import STFError
-
 EXTRA = ("jinja2", "matplotlib")
 DEFAULT_SAMPLE = 48
 
@@ -66,5 +64,7 @@ def command(
 def _require_extra() -> None:
     absent = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if absent:
+        from mergekit_stf.core.errors import STFError
+
         names = " and ".join(absent)
         raise STFError(f"the report needs {names}: pip install 'mergekit-stf[report]'")
