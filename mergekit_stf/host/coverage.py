@@ -70,19 +70,25 @@ def lost_weights(
 def absent_weights(
     config: MergeConfiguration, options: MergeOptions
 ) -> dict[ModelReference, list[str]]:
-    """Return the weights that the host would look for in vain, which stops it in mid-merge."""
+    """Return the weights that the host would look for in vain, which stops it in mid-merge.
+
+    An optional weight is one of them if another input has it and makes use of it.
+    """
+    stored = {model: _stored(model) for model in _models(config)}
     absent = {}
-    for model in _models(config):
-        names = _stored(model)
+    for model, names in stored.items():
         settings = model.config(trust_remote_code=options.trust_remote_code)
         unfound: dict[str, list[WeightInfo]] = {}
         for weight in _planned(config, options, settings):
-            if not weight.optional and names.isdisjoint(
-                [*_names(weight), *(weight.tied_names or ())]
-            ):
+            if names.isdisjoint([*_names(weight), *(weight.tied_names or ())]):
                 unfound.setdefault(_kind(weight.name), []).append(weight)
-        # Whether the host can fuse a weight is the same in every layer, and slow to find out.
-        kinds = [k for k in unfound.values() if not _fusible(k[0], names, settings.model_type)]
+        # The answer is the same in every layer, and slow to find out.
+        kinds = [
+            kind
+            for kind in unfound.values()
+            if (not kind[0].optional or _used(kind[0], stored, options))
+            and not _fusible(kind[0], names, settings.model_type)
+        ]
         absent[model] = [weight.name for kind in kinds for weight in kind]
     return {model: names for model, names in absent.items() if names}
 
@@ -133,6 +139,17 @@ def _planned(
     partial = architecture.model_copy(update={"modules": chosen})
     weights: list[WeightInfo] = partial.all_weights(settings)
     return weights
+
+
+def _used(
+    weight: WeightInfo, stored: dict[ModelReference, set[str]], options: MergeOptions
+) -> bool:
+    """Say whether an input has an optional weight and its class reads it."""
+    return any(
+        bool(_needed({weight.name}, [], model.config(options.trust_remote_code)))
+        for model, names in stored.items()
+        if not names.isdisjoint(_names(weight))
+    )
 
 
 def _fusible(weight: WeightInfo, stored: set[str], model_type: str) -> bool:

@@ -17,6 +17,7 @@ from mergekit.merge_methods.base import (
     GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
+    OptionalTensorPolicy,
     TensorGroup,
 )
 from mergekit.merge_methods.dtype import align_dtype
@@ -45,7 +46,8 @@ class SuperposeTaskFeatures(GroupMergeMethod):
         pretty_name="STF",
         reference_url="https://arxiv.org/abs/2502.10698",
         parameters=PARAMETERS,
-        contract=InputContract(base=BasePolicy.OPTIONAL),
+        contract=InputContract(base=BasePolicy.OPTIONAL, min_inputs=2),
+        optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
     )
 
     def validate_inputs(

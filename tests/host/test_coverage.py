@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import coverage
+from tests.host.classes import configuration
 from tests.host.merging import merge, recipe, reload
-from tests.host.models import Checkpoints, llama, save_family, save_model
+from tests.host.models import Checkpoints, build, llama, save_family, save_model
 
 BIASES = (
     "model.layers.*.mlp.down_proj.bias (2), model.layers.*.mlp.gate_proj.bias (2), "
@@ -149,6 +150,26 @@ def test_weight_that_a_model_lacks_stops_the_merge_before_any_work(
     with pytest.raises(STFError, match=r"tuned1: 1 weights that the merge needs are not in the"):
         merge(recipe(plain), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_optional_weight_that_one_model_lacks_stops_the_merge(
+    biased: Checkpoints, plain: Checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()  # the table of the package, where biases are optional
+    mixed = Checkpoints(biased.base, (biased.tuned[0], plain.tuned[1]))
+    with pytest.raises(STFError, match=r"plain/tuned2: 14 weights that the merge needs are not"):
+        merge(recipe(mixed), tmp_path / "out")
+
+
+def test_leftover_of_another_head_in_some_models_is_kept_or_dropped(tmp_path: Path) -> None:
+    """A pooler, for which a token classifier has no use, as its pretraining left it."""
+    model = build("BertForTokenClassification", configuration("BertForTokenClassification"))
+    checkpoints = save_model(model, tmp_path, tasks=2)
+    pooler = "bert.pooler.dense.weight"
+    for folder in (checkpoints.base, checkpoints.tuned[1]):
+        edit(folder, {pooler: "bert.encoder.layer.0.attention.self.query.weight"})
+        merge(recipe(checkpoints), tmp_path / folder.name)
+        assert pooler in load_file(tmp_path / folder.name / "model.safetensors")
 
 
 def test_fused_experts_are_not_taken_for_absent(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ them from the classes of transformers. Every merge method of the host profits fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 
@@ -34,6 +35,16 @@ BIASED = (
     "Qwen3MoeForCausalLM",
 )
 """Classes whose projections have biases if the configuration says so; the host's tables do not."""
+
+BUFFERED = (
+    "BertForMultipleChoice",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "RobertaForMaskedLM",
+    "RobertaForSequenceClassification",
+    "RobertaForTokenClassification",
+)
+"""Classes whose table in the host asks for a buffer that only some of the checkpoints have."""
 
 EXACT = (
     "ASTForAudioClassification",
@@ -81,7 +92,10 @@ def register() -> None:
             _put(_load_architecture_json(file.read_text(encoding="utf-8")))
     for name in BIASED:
         for table in list(NAME_TO_ARCH[name]):
-            _put(_with_biases(table))
+            _put(_rewritten(table, _with_biases))
+    for name in BUFFERED:
+        for table in list(NAME_TO_ARCH[name]):
+            _put(_rewritten(table, _without_buffers))
     for name in EXACT:
         module = ModuleDefinition(architecture=ExactArchitecture())
         _put(ModelArchitecture(modules={"default": module}, architectures=[name], model_type=""))
@@ -97,23 +111,36 @@ def _put(table: ModelArchitecture) -> None:
         NAME_TO_ARCH[name] = [*kept, table]
 
 
-def _with_biases(table: ModelArchitecture) -> ModelArchitecture:
-    """Return a table of the host with an optional bias beside every projection of its layers."""
+def _rewritten(
+    table: ModelArchitecture, change: Callable[[list[WeightInfo]], list[WeightInfo]]
+) -> ModelArchitecture:
+    """Return a table of the host with each list of weights changed."""
     modules = {}
     for key, module in table.modules.items():
-        definition = module.architecture.definition
-        layers = definition.layer_templates
-        weights = [twin for weight in layers.weights for twin in _twins(weight, layers.weights)]
-        layers = layers.model_copy(update={"weights": weights})
-        definition = definition.model_copy(update={"layer_templates": layers})
+        old = module.architecture.definition
+        layers = old.layer_templates.model_copy(
+            update={"weights": change(old.layer_templates.weights)}
+        )
+        new = {"pre_weights": change(old.pre_weights), "layer_templates": layers}
+        definition = old.model_copy(update=new)
         architecture = JsonModuleArchitecture(definition=definition)
         modules[key] = module.model_copy(update={"architecture": architecture})
     copy: ModelArchitecture = table.model_copy(update={"modules": modules})
     return copy
 
 
-def _twins(weight: WeightInfo, known: list[WeightInfo]) -> list[WeightInfo]:
-    bias = weight.name.removesuffix(".weight") + ".bias"
-    if not weight.name.endswith("_proj.weight") or any(other.name == bias for other in known):
-        return [weight]
-    return [weight, WeightInfo(name=bias, optional=True)]
+def _with_biases(weights: list[WeightInfo]) -> list[WeightInfo]:
+    """Add an optional bias beside every projection that has none."""
+    names = {weight.name for weight in weights}
+    added = []
+    for weight in weights:
+        added.append(weight)
+        bias = weight.name.removesuffix(".weight") + ".bias"
+        if weight.name.endswith("_proj.weight") and bias not in names:
+            added.append(WeightInfo(name=bias, optional=True))
+    return added
+
+
+def _without_buffers(weights: list[WeightInfo]) -> list[WeightInfo]:
+    """Leave out the numbers 0, 1, 2, ... that old versions of transformers stored."""
+    return [weight for weight in weights if not weight.name.endswith(".position_ids")]
