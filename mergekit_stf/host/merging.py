@@ -83,6 +83,8 @@ def merge(
     with Workspace(out, force) as work:
         config = OrderedConfiguration.model_validate(dict(recipe.config))
         models = input_models(config, options)
+        if options.lora_merge_cache is None:
+            options = options.model_copy(update={"lora_merge_cache": str(work.adapters)})
         LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
         store = Store(wanted.folder or work.store, wanted.size)
         for warning in preflight(config, options, work.folder, store):

@@ -26,6 +26,7 @@ class Workspace:
         folder: the folder itself.
         output: where to write the output until `publish`.
         store: where to keep the store.
+        adapters: where the host may keep the full models that it makes of ``base+adapter``.
 
     Raises:
         STFError: ``out`` is there already, or another merge is writing it.
@@ -38,6 +39,7 @@ class Workspace:
         self.folder = _beside(out)
         self.output = self.folder / "output" / out.name
         self.store = self.store_of(out)
+        self.adapters = self.folder / "adapters"
         self._old = self.folder / "old"
         self._lock = FileLock(self.folder / "lock", blocking=False)
         self._check_free(force)
@@ -52,7 +54,7 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            shutil.rmtree(self.output.parent, ignore_errors=True)
+            self._remove_unfinished()
             self.output.mkdir(parents=True)
         except Timeout as error:
             raise STFError(f"another merge is writing {self.out}; wait for it") from error
@@ -78,10 +80,14 @@ class Workspace:
     ) -> None:
         """Remove what is of no more use; a store that still holds something stays."""
         shutil.rmtree(self._old, ignore_errors=True)
-        shutil.rmtree(self.output.parent, ignore_errors=True)
+        self._remove_unfinished()
         self._lock.release()
         if not self._has_store():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_unfinished(self) -> None:
+        for folder in (self.output.parent, self.adapters):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _has_store(self) -> bool:
         return self.store.exists() and any(self.store.iterdir())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -15,7 +17,9 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.main import main
+from mergekit_stf.host.store import active
 from tests.host.models import Checkpoints, save_family
+from tests.host.peft_adapters import save_adapter
 
 ENTRIES = "*.stf.safetensors"
 
@@ -147,7 +151,8 @@ def test_a_missing_tensor_is_seen_before_the_merge(
 ) -> None:
     change(models.tuned[0], "model.layers.1.mlp.up_proj.weight", None)
     line = refused(merge(recipe, tmp_path / "out"))
-    assert "model.layers.1.mlp.up_proj.weight" in line
+    assert line.startswith(f"{models.tuned[0]}: ")
+    assert "mlp.up_proj.weight" in line
     assert not (tmp_path / "out.stf-work").exists()
 
 
@@ -171,6 +176,39 @@ def test_a_model_without_weights_or_configuration(
     assert (
         line == f"{models.base} holds no weights; expected model.safetensors or pytorch_model.bin"
     )
+
+
+def test_adapters_need_no_cache_of_the_users(
+    models: Checkpoints, recipe: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(models.base, tmp_path / "adapter", 1, target_modules=["q_proj"])
+    text = recipe.read_text().replace(f"{models.tuned[0]},", f"{models.base}+{adapter},")
+    recipe.write_text(text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        result = merge(recipe, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out.stf-work").exists()
+    lock = json.loads((tmp_path / "out" / "stf.lock.json").read_text())
+    files = {model["reference"]: model["files"] for model in lock["models"]}
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    assert [file["name"] for file in files[str(adapter)]] == names
+
+
+def test_the_environment_names_a_store_for_the_host(
+    models: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEKIT_STF_STORE", str(tmp_path / "store"))
+    config = MergeConfiguration.model_validate(yaml.safe_load(text_of(models)))
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False)
+    for name in ("first", "second"):
+        run_merge(config.model_copy(deep=True), str(tmp_path / name), options)
+    store = active()
+    assert store is not None
+    assert (store.written, store.hits) == (14, 14)
+    assert len(list((tmp_path / "store").glob(ENTRIES))) == 14
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_kept_store_serves_another_lambda(recipe: Path, tmp_path: Path) -> None:
