@@ -61,7 +61,7 @@ def decompose(
     if M.shape[0] < M.shape[1]:
         return decompose(M.mT, rank, route, source_dtype, name).transposed
     count = kept_rank((M.shape[0], M.shape[1]), rank)
-    rows, columns = M.any(dim=1), M.any(dim=0)
+    rows, columns = _occupied(M, 1), _occupied(M, 0)
     if bool(rows.all() & columns.all()):
         shortcut = _shortcut(M, count) if route == "auto" else None
         return (shortcut or _attempt(M, route, source_dtype, name)).leading(count)
@@ -77,6 +77,11 @@ def _shortcut(M: Tensor, count: int) -> Features | None:
     if M.dtype == torch.float64:
         return None
     return low_rank(M) or (leading(M, count) if count < M.shape[1] else None)
+
+
+def _occupied(M: Tensor, dim: int) -> Tensor:
+    """Say of each row (``dim`` 1) or column (``dim`` 0) whether it has a nonzero entry."""
+    return (torch.amax(M, dim) != 0) | (torch.amin(M, dim) != 0)
 
 
 def _spread(core: Features, rows: Tensor, columns: Tensor) -> Features:

@@ -29,16 +29,17 @@ def svd(M: Tensor) -> Features:
 
 def gram_float64(M: Tensor) -> Features:
     """Diagonalise ``MᵀM`` in float64; error of the merged matrix below 1e-6 for float32 input."""
-    V = torch.linalg.eigh(_gram_float64(M)).eigenvectors
-    B, square = torch.empty_like(M), V.new_zeros(V.shape[1])
-    for target, rows in zip(_split(B), _split(M), strict=True):
-        image = rows.double() @ V
-        square += image.square().sum(dim=0)
-        target.copy_(image)
+    Vh = _eigenvectors(_gram_float64(M))
+    image, square = M.new_empty(Vh.shape[0], M.shape[0]), Vh.new_zeros(Vh.shape[0])
+    for target, rows in zip(_split(image.mT), _split(M), strict=True):
+        part = Vh @ rows.double().mT
+        square += part.square().sum(dim=1)
+        target.copy_(part.mT)
     s, order = square.sqrt().sort(descending=True)
     order = order[: int(torch.count_nonzero(s > RANK * s[0]))]
     s = s[: order.numel()].to(M.dtype)
-    return Features(B[:, order].div_(s), s, V[:, order].to(M.dtype).mT, "gram_float64")
+    Uh = image[order].div_(s.unsqueeze(1))
+    return Features(Uh.mT, s, Vh[order].to(M.dtype), "gram_float64")
 
 
 def gram_float32(M: Tensor) -> Features:
@@ -47,19 +48,19 @@ def gram_float32(M: Tensor) -> Features:
     ``M = U diag(s) Vh`` holds to rounding, but close neighbours stay mixed: the merged matrix
     moves by about 1e-5. Meant for inputs whose own rounding moves it by more.
     """
-    V = torch.linalg.eigh(M.mT @ M).eigenvectors
-    return _complete(*_separate_tail(M @ V, V), "gram_float32")
+    Vh = _eigenvectors(M.mT @ M)
+    return _complete(*_separate_tail(Vh @ M.mT, Vh), "gram_float32")
 
 
 def gram_refined(M: Tensor) -> Features:
     """Diagonalise ``MᵀM`` in float32 and turn mixed neighbours apart, all in float32.
 
-    In the found basis ``B = MV`` has columns of graded length, so that ``BᵀB`` carries each pair
+    In the found basis the images ``b_k = M v_k`` are graded, so that their products carry each pair
     of features with the precision of its own size. First-order perturbation theory then gives the
-    remaining rotation, ``E_kl = (BᵀB)_kl / (b_l² - b_k²)`` (Ogita and Aishima 2018 iterate it).
+    remaining rotation, ``E_kl = b_kᵀb_l / (b_l² - b_k²)`` (Ogita and Aishima 2018 iterate it).
     """
-    V = torch.linalg.eigh(M.mT @ M).eigenvectors
-    return _complete(*_rotate(*_separate_tail(M @ V, V)), "gram_refined")
+    Vh = _eigenvectors(M.mT @ M)
+    return _complete(*_rotate(*_separate_tail(Vh @ M.mT, Vh)), "gram_refined")
 
 
 ROUTES: dict[str, Callable[[Tensor], Features]] = {
@@ -68,6 +69,12 @@ ROUTES: dict[str, Callable[[Tensor], Features]] = {
     "gram_float32": gram_float32,
     "gram_refined": gram_refined,
 }
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Return the eigenvectors as rows, which is how LAPACK lays them out, largest first."""
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.mT.flip(0)
 
 
 def _gram_float64(M: Tensor) -> Tensor:
@@ -82,53 +89,53 @@ def _split(M: Tensor) -> tuple[Tensor, ...]:
     return torch.split(M, max(1, CHUNK // M.shape[1]))
 
 
-def _separate_tail(B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def _separate_tail(image: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonalise again, within its own span, what the rounding of a larger Gram matrix blurs.
 
     Args:
-        B: (m, n), the image ``MV``.
-        V: (n, n), orthonormal.
+        image: (n, m), ``Vh Mᵀ``, one ``b_kᵀ = (M v_k)ᵀ`` a row.
+        Vh: (n, n), orthonormal.
 
     Returns:
-        B and V after the same rotation, in descending order of the columns of B.
+        Both after the same rotation of rows, the longest image first.
     """
-    order = torch.linalg.vector_norm(B, dim=0).argsort(descending=True)
-    B, V = B[:, order], V[:, order]
-    start, top = 0, torch.linalg.vector_norm(B[:, 0])
+    order = torch.linalg.vector_norm(image, dim=1).argsort(descending=True)
+    image, Vh = image[order], Vh[order]
+    start, top = 0, torch.linalg.vector_norm(image[0])
     while True:
-        length = torch.linalg.vector_norm(B[:, start:], dim=0)
+        length = torch.linalg.vector_norm(image[start:], dim=1)
         step = int(torch.count_nonzero(length > TAIL * length[0]))
-        if start + step >= V.shape[1] or length[0] <= RANK * top or not step:
-            return B, V
+        if start + step >= Vh.shape[0] or length[0] <= RANK * top or not step:
+            return image, Vh
         start += step
-        tail = B[:, start:]
-        R = torch.linalg.eigh(tail.mT @ tail).eigenvectors.flip(1)
-        B[:, start:] = tail @ R
-        V[:, start:] = V[:, start:] @ R
+        tail = image[start:]
+        R = _eigenvectors(tail @ tail.mT)
+        image[start:] = R @ tail
+        Vh[start:] = R @ Vh[start:]
 
 
-def _rotate(B: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate(image: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Apply one first-order rotation towards the singular basis, and restore orthonormality."""
-    gram = B.mT @ B
+    gram = image @ image.mT
     square = gram.diagonal().clone()
-    excess = torch.eye(V.shape[1], dtype=V.dtype, device=V.device) - V.mT @ V
+    excess = torch.eye(Vh.shape[0], dtype=Vh.dtype, device=Vh.device) - Vh @ Vh.mT
     E = (gram + square * excess) / (square - square.unsqueeze(1))
     E = torch.where(E.abs() < NEAR, E, excess / 2)
     E.diagonal().copy_(excess.diagonal() / 2)
-    return torch.addmm(B, B, E), torch.addmm(V, V, E)
+    return torch.addmm(image, E.mT, image), torch.addmm(Vh, E.mT, Vh)
 
 
-def _complete(B: Tensor, V: Tensor, route: str) -> Features:
-    """Complete orthonormal right vectors to triples: ``B = MV = U diag(s)`` column by column.
+def _complete(image: Tensor, Vh: Tensor, route: str) -> Features:
+    """Complete orthonormal right vectors to triples, ``M v_k = s_k u_k``.
 
-    Rounding leaves ``eps * s_1`` in each column of B, much of a short one, and nearly all of it
-    along longer ones: one step of Gram-Schmidt takes it out.
+    Rounding leaves ``eps * s_1`` in each image, much of a short one, and nearly all of it along
+    longer ones: one step of Gram-Schmidt takes it out.
     """
-    s, order = torch.linalg.vector_norm(B, dim=0).sort(descending=True)
+    s, order = torch.linalg.vector_norm(image, dim=1).sort(descending=True)
     kept = int(torch.count_nonzero(s > RANK * s[0]))
     start = int(torch.count_nonzero(s > TAIL * s[0]))
     order, s = order[:kept], s[:kept]
-    U = B[:, order].div_(s)
-    along = (U.mT @ U[:, start:]).triu_(1 - start)
-    U[:, start:] -= U @ along
-    return Features(U, s, V[:, order].mT, route)
+    Uh = image[order].div_(s.unsqueeze(1))
+    along = (Uh @ Uh[start:].mT).triu_(1 - start)
+    Uh[start:] -= along.mT @ Uh
+    return Features(Uh.mT, s, Vh[order], route)

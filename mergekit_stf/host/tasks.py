@@ -47,19 +47,22 @@ def ordered(
 
 
 def checksum(x: Tensor) -> int:
-    """Return the sum of a tensor's bit patterns as integers, the same on every device."""
-    return int(bit_pattern(x).sum(dtype=torch.int64))
+    """Return the sum of a tensor's bytes in words of eight, the same on every device."""
+    content = content_of(x)
+    if content.storage_offset() % 8:
+        content = content.clone()
+    whole = content.numel() // 8 * 8
+    return int(content[:whole].view(torch.int64).sum()) + int(content[whole:].sum())
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Say whether two tensors of one type hold the same bits."""
-    return torch.equal(bit_pattern(x), bit_pattern(y))
+    return torch.equal(content_of(x), content_of(y))
 
 
-def bit_pattern(x: Tensor) -> Tensor:
-    """Return the entries of a tensor as integers of their own width, flat."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.detach().contiguous().view(-1).view(integers[x.element_size()])
+def content_of(x: Tensor) -> Tensor:
+    """Return the bytes of a tensor, flat."""
+    return x.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def check_type(name: str, dtype: torch.dtype) -> None:
@@ -82,7 +85,7 @@ def check_finite(name: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
         STFError: with the model and the weight.
     """
     for label, x in tensors:
-        if not bool(torch.isfinite(x).all()):
+        if x.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):
             count = int(x.numel() - torch.isfinite(x).sum())
             raise STFError(
                 f"{name}: {label} has {count} entries that are NaN or infinite; "
@@ -94,7 +97,7 @@ def deltas(base: Tensor, tasks: Sequence[Task], compute: torch.dtype) -> Iterato
     """Yield the task matrices ``w_i (P_i - P0)``, trimmed, one at a time (Algorithm 2, 4-5)."""
     reference = base.to(compute)
     for task in tasks:
-        delta = task.tuned.to(compute) - reference
+        delta = task.tuned - reference
         if task.weight != 1:
             delta.mul_(task.weight)
         yield trim(delta, task.density)
