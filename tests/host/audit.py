@@ -79,7 +79,7 @@ weight (`tests/host/test_architectures.py`; this page is written by `python -m t
 
 - **host**: the table that comes with mergekit.
 - **ours**: a table in `mergekit_stf/host/architectures/*.json`, or the host's with the optional
-  biases that it lacks. It serves every method of the host, not only `stf`.
+  biases that it lacks or without a buffer that only old files have. It serves every method of the host, not only `stf`.
 - **ours, exact**: the names come from the class in transformers and the model's own configuration,
   because layers differ from each other or the host would take the class for another one.
 - **host, inferred**: the host reads the names off the class; it does so well for these.
@@ -105,6 +105,29 @@ below it is the rule of the module that owns the weight, with these exceptions; 
 `rule` with a filter overrides each:
 
 {exceptions}
+
+## Fused projections and experts
+
+A fused projection is merged whole, as the paper does. The parameter `split` takes it apart into the
+linear maps that it stacks, each of which is then trimmed, decomposed and superposed by itself:
+
+    parameters:
+      split:
+        - filter: c_attn
+          value: columns 3
+
+| model | filter | value |
+|---|---|---|
+| GPT-2 | `c_attn` | `columns 3` (its matrices are transposed) |
+| Phi-3 | `gate_up_proj` | `rows 2` |
+| Phi-3 mini | `qkv_proj` | `rows 3`; with fewer heads for keys, their sizes: `rows 5120,1280,1280` |
+| Falcon 7B | `query_key_value` | `rows 4544,64,64` |
+| Falcon 40B | `query_key_value` | `rows 1024,64,64 in 8` (8 groups of heads) |
+| GPT-NeoX, Pythia, Bloom | `query_key_value` | `rows 3 in 12` (the number of heads) |
+| SigLIP's pooling head | `in_proj_weight` | `rows 3` |
+
+Experts are merged one by one, whether the files hold them apart or as a stack; both give the same
+bytes. Routers and shared experts are ordinary matrices.
 
 ## Classes
 
