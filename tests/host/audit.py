@@ -79,7 +79,8 @@ weight (`tests/host/test_architectures.py`; this page is written by `python -m t
 
 - **host**: the table that comes with mergekit.
 - **ours**: a table in `mergekit_stf/host/architectures/*.json`, or the host's with the optional
-  biases that it lacks or without a buffer that only old files have. It serves every method of the host, not only `stf`.
+  biases that it lacks or without a buffer that only old files have. It serves every method of
+  the host, not only `stf`.
 - **ours, exact**: the names come from the class in transformers and the model's own configuration,
   because layers differ from each other or the host would take the class for another one.
 - **host, inferred**: the host reads the names off the class; it does so well for these.
@@ -120,7 +121,7 @@ linear maps that it stacks, each of which is then trimmed, decomposed and superp
 |---|---|---|
 | GPT-2 | `c_attn` | `columns 3` (its matrices are transposed) |
 | Phi-3 | `gate_up_proj` | `rows 2` |
-| Phi-3 mini | `qkv_proj` | `rows 3`; with fewer heads for keys, their sizes: `rows 5120,1280,1280` |
+| Phi-3 mini | `qkv_proj` | `rows 3`; with fewer key heads the sizes: `rows 5120,1280,1280` |
 | Falcon 7B | `query_key_value` | `rows 4544,64,64` |
 | Falcon 40B | `query_key_value` | `rows 1024,64,64 in 8` (8 groups of heads) |
 | GPT-NeoX, Pythia, Bloom | `query_key_value` | `rows 3 in 12` (the number of heads) |
