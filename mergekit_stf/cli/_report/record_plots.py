@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from mergekit_stf.cli._report.canvas import MANY_KINDS, MARKERS, Plot, draw, logarithmic
 from mergekit_stf.cli._report.facts import Report, mean_cosine, place, without_common_start
@@ -115,7 +116,7 @@ def _paint_alpha(axes: Axes, colours: Sequence[str], records: Sequence[Record]) 
         margin = 1.5 * max(0.1, max(high) - min(low))
         axes.set_ylim(min(low) - margin, max(high) + margin)
     axes.axhline(1, color=colours[1], lw=1, ls="--", label="task arithmetic")
-    axes.set_xlabel("weight, in the order of the merge")
+    _count_weights(axes)
     axes.set_ylabel("α / s")
     axes.legend(fontsize=7, frameon=False)
 
@@ -140,7 +141,7 @@ def _paint_seconds(
         points = [(k, r.seconds) for k, r in enumerate(records) if r.rule == rule and r.seconds]
         axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, label=rule)
     logarithmic(axes, "y")
-    axes.set_xlabel("weight, in the order of the merge")
+    _count_weights(axes)
     axes.set_ylabel("seconds")
     axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
@@ -165,6 +166,11 @@ def _paint_memory(axes: Axes, colours: Sequence[str], series: dict[str, list[int
     for (name, values), colour in zip(series.items(), colours, strict=False):
         axes.step(range(len(values)), [value / 1e9 for value in values], color=colour, label=name)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("weight, in the order of the merge")
+    _count_weights(axes)
     axes.set_ylabel("GB")
     axes.legend(fontsize=7, frameon=False)
+
+
+def _count_weights(axes: Axes) -> None:
+    axes.set_xlabel("weight, in the order of the merge")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
