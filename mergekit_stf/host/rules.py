@@ -12,7 +12,7 @@ from typing import Literal
 Rule = Literal["superpose", "sum", "mean", "base"]
 """``superpose`` is Algorithm 1, ``sum`` and ``mean`` are Algorithm 2, ``base`` keeps the base."""
 
-NORMALISATION = re.compile(r"norm|layrnorm|rms$|(^|_)(ln|bn)(_|\d|$)", re.IGNORECASE)
+NORMALISATION = re.compile(r"norm|rms$|(^|_)(ln|bn)(_|\d|$)", re.IGNORECASE)
 """Modules: ``input_layernorm``, ``q_norm``, ``ln_1``, ``norm1``, CLIP's own ``pre_layrnorm``."""
 
 TABLE = re.compile(
