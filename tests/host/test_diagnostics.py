@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import spectrum_ranks
 from mergekit_stf.core.superpose import Report, superpose
 from mergekit_stf.host import diagnostics
+from tests.environments import ROOT
 
 CPU = torch.device("cpu")
 
@@ -187,3 +189,12 @@ def test_a_damaged_file_is_refused_by_line(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(STFError, match=r"cannot read diagnostics from .*nothing\.jsonl"):
         diagnostics.read(tmp_path / "nothing.jsonl")
+
+
+def test_every_key_is_documented() -> None:
+    page = (ROOT / "docs" / "tools.md").read_text("utf-8")
+    table = page.split("## Diagnostics")[1].split("## ")[0]
+    rows = re.findall(r"^\| (`.+`) \|", table, re.MULTILINE)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set(
+        diagnostics.Record.model_fields
+    )
