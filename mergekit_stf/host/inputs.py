@@ -1,4 +1,4 @@
-"""The files that a merge reads: where they lie, that they can be read, what is in them."""
+"""The files that a merge reads: where they lie, and that they can be read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
-from types import TracebackType
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
@@ -18,11 +15,17 @@ from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.files import inside, sha256_of
-from mergekit_stf.host.yaml_text import first_line
+from mergekit_stf.host.files import inside
+from mergekit_stf.host.yaml_text import first_line, printable, shown
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = {
+    "model": ("model.safetensors", "pytorch_model.bin"),
+    "adapter": ("adapter_model.safetensors", "adapter_model.bin"),
+}
+SETTINGS = {
+    "model": ("config.json", "model_type"),
+    "adapter": ("adapter_config.json", "peft_type"),
+}
 OTHERS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -49,26 +52,55 @@ def input_models(config: MergeConfiguration, options: MergeOptions) -> list[Inpu
     Raises:
         STFError: a model cannot be found, or one of its files is missing, damaged or truncated.
     """
-    return [_input_model(*part, options) for part in _parts(config)]
+    overridden = {r.model for r in config.referenced_models() if r.override_architecture}
+    models = []
+    for path, kind in _parts(config).items():
+        model = _input_model(path, kind, options)
+        if kind != "tokenizer":
+            _check_settings(model.folder, kind, path in overridden)
+        models.append(model)
+    return sorted(models, key=lambda model: model.reference)
 
 
-def _parts(config: MergeConfiguration) -> list[tuple[ModelPath, bool]]:
-    """Return model paths and whether they are adapters, in an order that is always the same."""
+def _parts(config: MergeConfiguration) -> dict[ModelPath, str]:
+    """Return every folder that the host reads, and what it takes from there."""
     sources = [config.tokenizer_source, config.tokenizer.source if config.tokenizer else None]
+    parts = {s.model: "tokenizer" for s in sources if isinstance(s, ModelReference)}
     references = config.referenced_models()
-    references += [source for source in sources if isinstance(source, ModelReference)]
-    parts = {(r.model, False) for r in references} | {(r.lora, True) for r in references if r.lora}
-    return sorted(parts, key=str)
+    parts |= {r.lora: "adapter" for r in references if r.lora}
+    return parts | {r.model: "model" for r in references}
 
 
-def _input_model(path: ModelPath, adapter: bool, options: MergeOptions) -> InputModel:
+def _input_model(path: ModelPath, kind: str, options: MergeOptions) -> InputModel:
     folder = locate(path, options.transformers_cache)
     commit = folder.name if folder.parent.name == "snapshots" else None
-    weights = _weights(folder, ADAPTERS if adapter else WEIGHTS)
+    weights = [] if kind == "tokenizer" else _weights(folder, WEIGHTS[kind])
     for name in weights:
         _check_readable(folder / name)
     others = {p.name for pattern in OTHERS for p in folder.glob(pattern) if p.is_file()}
     return InputModel(str(path), folder, commit, tuple(sorted({*weights, *others})))
+
+
+def _check_settings(folder: Path, kind: str, overridden: bool) -> None:
+    """Check of a configuration what the host takes for granted."""
+    name, key = SETTINGS[kind]
+    path = folder / name
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise STFError(f"{path}: cannot be read: {printable(first_line(error))}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get(key), str):
+        raise STFError(f"{path}: expected a mapping with {key!r}; fetch or copy it again")
+    if kind == "adapter" or overridden:
+        return
+    match settings.get("architectures"):
+        case [str()]:
+            return
+        case other:
+            raise STFError(
+                f"{path}: 'architectures' should name one class; got {shown(other)}; "
+                "save the model again with transformers"
+            )
 
 
 def locate(path: ModelPath, cache: str | None) -> Path:
@@ -120,54 +152,3 @@ def _check_readable(path: Path) -> None:
         ) from error
     if not readable:
         raise STFError(f"{path} is damaged or truncated, or of a type older than torch 1.6")
-
-
-class Digests:
-    """SHA-256 of every input, computed in the background while the merge runs.
-
-    Args:
-        models: the inputs.
-    """
-
-    def __init__(self, models: list[InputModel]) -> None:
-        self._paths = [model.folder / name for model in models for name in model.files]
-        self._before = {path: _identity(path) for path in self._paths}
-        self._stop = Event()
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._futures: dict[Path, Future[str]] = {}
-
-    def __enter__(self) -> Digests:
-        """Start reading."""
-        for path in self._paths:
-            self._futures[path] = self._pool.submit(sha256_of, path, self._stop.is_set)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop reading, at once when the merge has failed."""
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def result(self) -> dict[Path, str]:
-        """Wait for the digests of all inputs.
-
-        Raises:
-            STFError: an input was changed since the merge began.
-        """
-        digests = {path: future.result() for path, future in self._futures.items()}
-        for path, before in self._before.items():
-            if _identity(path) != before:
-                raise STFError(f"{path} was changed during the merge; run the same command again")
-        return digests
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise STFError(f"{path}: cannot be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino

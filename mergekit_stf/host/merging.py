@@ -14,8 +14,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.card import card
+from mergekit_stf.host.digests import Digests
 from mergekit_stf.host.files import write_text
-from mergekit_stf.host.inputs import Digests, InputModel, input_models
+from mergekit_stf.host.inputs import InputModel, input_models
 from mergekit_stf.host.lock import Lock, make_lock, write_lock
 from mergekit_stf.host.preflight import preflight
 from mergekit_stf.host.recipe import Recipe

@@ -15,6 +15,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from mergekit_stf.cli.main import main
 from mergekit_stf.host.store import active
@@ -165,6 +168,31 @@ def test_a_hostile_index_is_refused(
     assert "index.json is damaged" in line or "'../../secret' is no file name inside" in line
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "cannot be read: Expecting value"),
+        ("[" * 100_000, "cannot be read: "),
+        ("[]", "expected a mapping with 'model_type'"),
+        ('{"model_type": 3}', "expected a mapping with 'model_type'"),
+        ('{"model_type": "llama"}', "'architectures' should name one class; got None"),
+        ('{"model_type": "llama", "architectures": []}', "should name one class; got []"),
+        ('{"model_type": "nope", "architectures": ["Nope"]}', "model type `nope`"),
+        (
+            '{"model_type": "x", "architectures": ["X"], "auto_map": {"AutoConfig": "evil.E"}}',
+            "contains custom code",
+        ),
+    ],
+)
+def test_a_hostile_configuration_is_refused(
+    models: Checkpoints, recipe: Path, tmp_path: Path, text: str, expected: str
+) -> None:
+    (models.tuned[0] / "config.json").write_text(text)
+    (models.tuned[0] / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    assert expected in refused(merge(recipe, tmp_path / "out"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_without_weights_or_configuration(
     models: Checkpoints, recipe: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +204,22 @@ def test_a_model_without_weights_or_configuration(
     assert (
         line == f"{models.base} holds no weights; expected model.safetensors or pytorch_model.bin"
     )
+
+
+def test_a_folder_with_nothing_but_a_tokenizer(
+    models: Checkpoints, recipe: Path, tmp_path: Path
+) -> None:
+    words = {f"w{index}": index for index in range(40)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    for folder in (tmp_path / "words", models.base, *models.tuned):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    recipe.write_text(text_of(models, f"tokenizer: {{source: {tmp_path / 'words'}}}\n"))
+    result = merge(recipe, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    lock = json.loads((tmp_path / "out" / "stf.lock.json").read_text())
+    files = {model["reference"]: model["files"] for model in lock["models"]}
+    assert "tokenizer.json" in [file["name"] for file in files[str(tmp_path / "words")]]
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_adapters_need_no_cache_of_the_users(
