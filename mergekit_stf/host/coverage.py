@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
@@ -30,6 +31,16 @@ ALLOW_LOSS = "MERGEKIT_STF_ALLOW_LOSS"
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Input:
+    """A model of the recipe: its configuration, what it stores, what the host plans to read."""
+
+    model: ModelReference
+    settings: PretrainedConfig
+    stored: set[str]
+    planned: list[WeightInfo]
+
+
 def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
     """Refuse a merge whose output would lack weights of its inputs, or whose inputs lack some.
 
@@ -40,56 +51,42 @@ def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
         STFError: with the model, the names of the weights and the ways out.
     """
     LoaderCache().setup(options=options)
-    absent = absent_weights(config, options)
-    for model, names in absent.items():
+    inputs = _read(config, options)
+    for model, names in absent_weights(inputs).items():
         raise STFError(
             f"{model}: {len(names)} weights that the merge needs are not in the checkpoint: "
             f"{_collapsed(names)}. Models of one architecture and size can be merged; save this "
             "one again with transformers, or leave it out."
         )
-    lost = lost_weights(config, options)
+    lost = lost_weights(inputs)
     if lost:
         _report(lost)
 
 
-def lost_weights(
-    config: MergeConfiguration, options: MergeOptions
-) -> dict[ModelReference, list[str]]:
+def lost_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
     """Return the stored weights that an input needs and the output would lack, the base first."""
-    stored = {model: _stored(model) for model in _models(config)}
     lost = {}
-    for model, names in stored.items():
-        settings = model.config(trust_remote_code=options.trust_remote_code)
-        planned = _planned(config, options, settings)
-        written = [w for w in planned if not w.optional or _present(w, stored.values())]
-        if left := names - {name for w in written for name in _names(w)}:
-            lost[model] = _needed(left, [w.name for w in written], settings)
+    for one in inputs:
+        written = [w for w in one.planned if not w.optional or _owners(w, inputs)]
+        if left := one.stored - {name for w in written for name in _names(w)}:
+            lost[one.model] = _needed(left, [w.name for w in written], one.settings)
     return {model: names for model, names in lost.items() if names}
 
 
-def absent_weights(
-    config: MergeConfiguration, options: MergeOptions
-) -> dict[ModelReference, list[str]]:
+def absent_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
     """Return the weights that the host would look for in vain, which stops it in mid-merge.
 
     An optional weight is one of them if another input has it and makes use of it.
     """
-    stored = {model: _stored(model) for model in _models(config)}
     absent = {}
-    for model, names in stored.items():
-        settings = model.config(trust_remote_code=options.trust_remote_code)
-        unfound: dict[str, list[WeightInfo]] = {}
-        for weight in _planned(config, options, settings):
-            if names.isdisjoint([*_names(weight), *(weight.tied_names or ())]):
-                unfound.setdefault(_kind(weight.name), []).append(weight)
+    for one in inputs:
+        kinds: dict[str, list[WeightInfo]] = {}
+        for weight in one.planned:
+            if one.stored.isdisjoint([*_names(weight), *(weight.tied_names or ())]):
+                kinds.setdefault(_kind(weight.name), []).append(weight)
         # The answer is the same in every layer, and slow to find out.
-        kinds = [
-            kind
-            for kind in unfound.values()
-            if (not kind[0].optional or _used(kind[0], stored, options))
-            and not _fusible(kind[0], names, settings.model_type)
-        ]
-        absent[model] = [weight.name for kind in kinds for weight in kind]
+        unfound = [kind for kind in kinds.values() if _unfound(kind[0], one, inputs)]
+        absent[one.model] = [weight.name for kind in unfound for weight in kind]
     return {model: names for model, names in absent.items() if names}
 
 
@@ -97,14 +94,14 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
     """Check the coverage from within the host, which calls ``validate_inputs`` while it plans.
 
     The host validates each slice of the output (``default.slices[0]``) before it loads a weight,
-    then each weight by its name; only the first of these calls does work here.
+    then each weight by its name; only the calls for slices do work here.
 
     Raises:
         STFError: as :func:`check_coverage`.
     """
-    first = re.fullmatch(r".+\.slices\[0\]", group_name or "") is not None
+    planning = re.fullmatch(r".+\.slices\[\d+\]", group_name or "") is not None
     models = [model for model in input_ids if isinstance(model, ModelReference)]
-    if not first or not isinstance(base_id, ModelReference) or len(models) < len(input_ids):
+    if not planning or not isinstance(base_id, ModelReference) or len(models) < len(input_ids):
         return
     cache = LoaderCache()
     options = MergeOptions(
@@ -113,6 +110,7 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
         lora_merge_dtype=cache.lora_merge_dtype,
         lazy_unpickle=cache.lazy_unpickle,
         trust_remote_code=cache.trust_remote_code,
+        allow_crimes=True,  # the host has refused or allowed mixed architectures by now
     )
     recipe = MergeConfiguration(
         merge_method="stf",
@@ -122,47 +120,35 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
     check_coverage(recipe, options)
 
 
-def _stored(model: ModelReference) -> set[str]:
-    return set(LoaderCache().get(model).index.tensor_paths)
-
-
-def _models(config: MergeConfiguration) -> list[ModelReference]:
-    return sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m)))
-
-
-def _planned(
-    config: MergeConfiguration, options: MergeOptions, settings: PretrainedConfig
-) -> list[WeightInfo]:
-    """Return the weights of the modules that a recipe writes."""
+def _read(config: MergeConfiguration, options: MergeOptions) -> list[Input]:
+    """Read configurations and headers of all inputs, the base first."""
     architecture = get_architecture_info(config, options)
     chosen = {name: architecture.modules[name] for name in config.modules or architecture.modules}
     partial = architecture.model_copy(update={"modules": chosen})
-    weights: list[WeightInfo] = partial.all_weights(settings)
-    return weights
-
-
-def _used(
-    weight: WeightInfo, stored: dict[ModelReference, set[str]], options: MergeOptions
-) -> bool:
-    """Say whether an input has an optional weight and its class reads it."""
-    return any(
-        bool(_needed({weight.name}, [], model.config(options.trust_remote_code)))
-        for model, names in stored.items()
-        if not names.isdisjoint(_names(weight))
-    )
-
-
-def _fusible(weight: WeightInfo, stored: set[str], model_type: str) -> bool:
-    return any(can_convert_checkpoint_keys(model_type, stored, name) for name in _names(weight))
+    inputs = []
+    for model in sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m))):
+        settings = model.config(trust_remote_code=options.trust_remote_code)
+        stored = set(LoaderCache().get(model).index.tensor_paths)
+        inputs.append(Input(model, settings, stored, partial.all_weights(settings)))
+    return inputs
 
 
 def _names(weight: WeightInfo) -> list[str]:
     return [weight.name, *(weight.aliases or ())]
 
 
-def _present(weight: WeightInfo, stored: Iterable[set[str]]) -> bool:
-    """Say whether the host's planner keeps an optional weight; it does not look at ties."""
-    return any(name in names for names in stored for name in _names(weight))
+def _owners(weight: WeightInfo, inputs: Sequence[Input]) -> list[Input]:
+    """Return the inputs with a weight, as the host's planner finds it: it does not look at ties."""
+    return [one for one in inputs if not one.stored.isdisjoint(_names(weight))]
+
+
+def _unfound(weight: WeightInfo, one: Input, inputs: Sequence[Input]) -> bool:
+    """Say whether the merge needs a weight that an input does not store, not even in parts."""
+    names = _names(weight)
+    if any(can_convert_checkpoint_keys(one.settings.model_type, one.stored, n) for n in names):
+        return False
+    owners = _owners(weight, inputs)
+    return not weight.optional or any(_needed({weight.name}, [], o.settings) for o in owners)
 
 
 def _needed(left: set[str], written: Iterable[str], settings: PretrainedConfig) -> list[str]:
