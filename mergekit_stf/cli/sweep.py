@@ -12,6 +12,7 @@ import click
 
 from mergekit_stf.cli._sweep.evaluate import Evaluation, evaluate
 from mergekit_stf.cli._sweep.table import Row, lines, write_best, write_table
+from mergekit_stf.cli.errors import Terminated
 from mergekit_stf.cli.merge import size
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.grid import Point, parse_values, points, replaced
@@ -97,11 +98,17 @@ def command(
         raise click.UsageError("give at least one of --lambda, --density and --rank")
     recipe = load_recipe(config_file)
     merge_options.apply_global_options()
+    for warning in recipe.warnings:
+        click.echo(f"Warning: {recipe.source}: {warning}", err=True)
     for name in replaced(recipe, list(values)):
         click.echo(f"Warning: {name} of single models or layers is replaced by the sweep", err=True)
     store = StoreOptions(out / ".store", store_size)
     evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
+    try:
+        rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
+    except (KeyboardInterrupt, Terminated):
+        click.echo("Interrupted. Run the same command again to go on from here.", err=True)
+        raise
     if not keep_store:
         shutil.rmtree(out / ".store", ignore_errors=True)
     _finish(rows, out, evaluation)

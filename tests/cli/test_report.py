@@ -250,6 +250,14 @@ def test_a_report_without_solves_has_its_table() -> None:
     assert "a.bias" in render(report, plots(report))
 
 
+def test_a_method_without_a_defined_error_is_drawn_without_it() -> None:
+    error = {"stf": 0.0, "linear": float("nan"), "task_arithmetic": 0.1, "ties": 0.2}
+    found = Preservation("model.layers.0.mlp.up_proj.weight", 12, 1.0, error)
+    report = build("m", "", records(1), [found])
+    assert "preservation" in plots(report)
+    assert "<td>nan</td>" in render(report, plots(report))
+
+
 def test_a_sample_holds_every_kind_and_both_ends() -> None:
     names = [f"layers.{n}.{kind}.weight" for n in range(40) for kind in ("q", "k", "up")]
     chosen = spread(names, 12)

@@ -51,13 +51,14 @@ def preservation_plots(measured: Sequence[Preservation]) -> Iterator[Plot]:
 
 
 def _dots(axes: Axes, colours: Sequence[str], means: dict[str, float]) -> None:
-    """One row a method, on a logarithmic axis that has no zero: an exact zero has no dot."""
+    """One row a method, on a logarithmic axis: what is zero, or undefined, has no dot."""
     for row, (value, colour, marker) in enumerate(
         zip(means.values(), colours, MARKERS, strict=False)
     ):
-        axes.plot([value or math.nan], [row], marker=marker, color=colour, markersize=8)
-        axes.annotate(f"{value:.1e}", (value, row), (0, 8), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        if value > 0 and math.isfinite(value):
+            axes.plot([value], [row], marker=marker, color=colour, markersize=8)
+            axes.annotate(f"{value:.1e}", (value, row), (0, 8), textcoords="offset points",
+                          ha="center", fontsize=8)  # fmt: skip
     logarithmic(axes, "x")
     axes.margins(x=0.2, y=0.25)
     axes.set_yticks(range(len(means)), list(means))
