@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "paper"
 SETTINGS = dataclasses.replace(Settings(), kinds=tuple(KINDS))
 WINDOWS: dict[Split, int] = {"train": 0, "validation": 32, "test": 96}
-LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2)
+LAMBDAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
 @dataclasses.dataclass
@@ -187,17 +187,17 @@ def read(name: str) -> dict[str, Any]:
 def main(name: str, measure: Callable[[Study], Any]) -> None:
     """Run one question for several seeds and write ``benchmarks/results/paper-NAME.json``.
 
-    The specialists are plain fine-tunings, as the paper's are; ``--rehearsal`` takes the demo's,
-    which rehearse the base's text and so have a large part in common.
+    The specialists are the demo's, half of whose text is the base's; ``--plain`` takes specialists
+    that were tuned on their own text alone, into ``paper-NAME-plain.json``.
     """
 
     @click.command()
     @click.option("--seeds", default=3, show_default=True)
     @click.option("--models", type=click.Path(path_type=Path), default=ROOT / "build" / "paper")
     @click.option("--threads", default=torch.get_num_threads())
-    @click.option("--rehearsal/--plain", default=False, help="Mix background into the tuning.")
-    def run(seeds: int, models: Path, threads: int, rehearsal: bool) -> None:
-        settings = SETTINGS if rehearsal else dataclasses.replace(SETTINGS, rehearsal=0)
+    @click.option("--plain", is_flag=True, help="Tune without rehearsal.")
+    def run(seeds: int, models: Path, threads: int, plain: bool) -> None:
+        settings = dataclasses.replace(SETTINGS, rehearsal=0) if plain else SETTINGS
         torch.set_num_threads(threads)
         found = {}
         for seed in range(seeds):
@@ -212,7 +212,7 @@ def main(name: str, measure: Callable[[Study], Any]) -> None:
             "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
             "seeds": found,
         }
-        variant = f"{name}-rehearsal" if rehearsal else name
+        variant = f"{name}-plain" if plain else name
         (RESULTS / f"paper-{variant}.json").write_text(json.dumps(record, indent=1) + "\n")
 
     run()

@@ -13,7 +13,7 @@ import torch
 from benchmarks.paper.common import Change, Study, change, is_matrix, main
 from mergekit_stf.core import superpose
 
-SCALES = (0.2, 0.3, 0.4, 0.5)
+SCALES = (0.15, 0.2, 0.25, 0.3, 0.4)
 SHARES = {
     "smallest": (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95),
     "largest": (0.0, 0.02, 0.05, 0.1, 0.2, 0.4),

@@ -14,12 +14,12 @@ import torch
 from benchmarks.paper.common import Change, Study, change, is_matrix, main
 from mergekit_stf.core import superpose
 
-SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 
 
 def measure(study: Study) -> dict[str, list[dict[str, Any]]]:
     task = change(study, "stf")
-    rest = min((0.2, 0.3, 0.4, 0.5, 0.6), key=lambda scale: validation(study, task, scale))
+    rest = min((0.15, 0.2, 0.25, 0.3), key=lambda scale: validation(study, task, scale))
     tuned = fine_tuned(study, task, rest)
     return {
         "task": [point(study, task, scale) for scale in SCALES],

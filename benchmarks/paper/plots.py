@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -54,9 +55,9 @@ def best_by_density(method: str) -> dict[float, list[float]]:
     return points
 
 
-def figure_1(axes: Axes) -> None:
-    quality = list(read("quality").values())
-    for points in zip(*read("preservation").values(), strict=True):
+def figure_1(axes: Axes, variant: str = "") -> None:
+    quality = list(read(f"quality{variant}").values())
+    for points in zip(*read(f"preservation{variant}").values(), strict=True):
         method, density = points[0]["method"], points[0]["density"]
         kept = [
             max(p["kept"] for p in seed[method]["grid"] if p["density"] == density)
@@ -88,7 +89,18 @@ def figure_3c(axes: Axes) -> None:
     for density in sorted({row["density"] for row in rows}):
         same = gathered((r for r in rows if r["density"] == density), "lambda")
         curve(axes, same, f"density {density}")
-    axes.set(xlabel="λ", ylabel=KEPT)
+    axes.set(xlabel="λ", ylabel=KEPT, ylim=(-60, 60))
+
+
+def by_lambda(axes: Axes, variant: str = "") -> None:
+    seeds = list(read(f"quality{variant}").values())
+    for method, density in (("task_arithmetic", 1.0), ("trimmed_sum", 0.2), ("ties", 0.2)):
+        rows = [p for s in seeds for p in s[method]["grid"] if p["density"] == density]
+        curve(axes, gathered(rows, "lambda"), f"{LABELS[method]}, density {density}")
+    for density in (0.2, 1.0):
+        rows = [p for s in seeds for p in s["stf"]["grid"] if p["density"] == density]
+        curve(axes, gathered(rows, "lambda"), f"STF, density {density}")
+    axes.set(xlabel="λ", ylabel=KEPT, ylim=(-60, 60))
 
 
 def figure_3d(axes: Axes) -> None:
@@ -115,6 +127,9 @@ FIGURES_BY_NAME: dict[str, Callable[[Axes], None]] = {
     "lambda-density": figure_3c,
     "density": figure_3d,
     "features": figure_5,
+    "lambda": by_lambda,
+    "preservation-plain": partial(figure_1, variant="-plain"),
+    "lambda-plain": partial(by_lambda, variant="-plain"),
 }
 
 

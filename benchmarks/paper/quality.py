@@ -14,7 +14,7 @@ GRIDS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "linear": ((1.0,), (1.0,)),
     "task_arithmetic": (LAMBDAS, (1.0,)),
     "trimmed_sum": (LAMBDAS, DENSITIES[:-1]),
-    "ties": ((0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0), DENSITIES),
+    "ties": ((0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0), DENSITIES),
     "stf": (LAMBDAS, DENSITIES),
 }
 

@@ -18,8 +18,8 @@ def row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def quality() -> Iterator[str]:
-    seeds = list(read("quality").values())
+def quality(variant: str = "") -> Iterator[str]:
+    seeds = list(read(f"quality{variant}").values())
     kinds = list(seeds[0]["base"]["losses"])
     yield row("model", "λ", "density", *kinds, "mean", "gain kept, %")
     yield row(*["---"] * (len(kinds) + 5))
@@ -37,8 +37,8 @@ def quality() -> Iterator[str]:
     yield row("each specialist on its own", "", "", *map(pair, own), pair(means), "100")
 
 
-def differences() -> Iterator[str]:
-    seeds = list(read("quality").values())
+def differences(variant: str = "") -> Iterator[str]:
+    seeds = list(read(f"quality{variant}").values())
     yield row("stf minus", "mean loss, bits per byte", "gain kept, points")
     yield row("---", "---", "---")
     for rival in METHODS[:-1]:
@@ -47,10 +47,10 @@ def differences() -> Iterator[str]:
         yield row(rival, pair(losses, 4), pair(kept, 1))
 
 
-def preservation() -> Iterator[str]:
+def preservation(variant: str = "") -> Iterator[str]:
     yield row("method", "density", "FFN inputs", "FFN outputs", "attention")
     yield row(*["---"] * 5)
-    for points in zip(*read("preservation").values(), strict=True):
+    for points in zip(*read(f"preservation{variant}").values(), strict=True):
         errors = [
             "{:.2g} ± {:.1g}".format(*spread([point[part] for point in points]))
             for part in ("inputs", "outputs", "attention")
@@ -82,5 +82,7 @@ def timing() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for table in (quality, differences, preservation, features, timing):
-        print("\n".join(table()), end="\n\n")
+    for variant in ("", "-plain"):
+        for table in (quality, differences, preservation):
+            print("\n".join(table(variant)), end="\n\n")
+    print("\n".join([*features(), "", *timing()]))
