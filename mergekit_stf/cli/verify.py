@@ -9,7 +9,8 @@ import click
 
 from mergekit_stf.cli.errors import DIFFERENT
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.lock import FILE_NAME, Lock, differences, read_lock
+from mergekit_stf.host.lock import FILE_NAME, Lock, read_lock
+from mergekit_stf.host.lock_check import differences
 
 
 @click.command("verify")

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from mergekit.common import ModelPath
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_stf import __version__
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import diagnostics
-from mergekit_stf.host.files import inside, sha256_of, write_text
+from mergekit_stf.host.files import sha256_of, write_text
 from mergekit_stf.host.inputs import InputModel
-from mergekit_stf.host.yaml_text import first_line, printable
 
 FILE_NAME = "stf.lock.json"
 ABOUT = (FILE_NAME, diagnostics.FILE_NAME, "stf-report.html")
@@ -138,27 +134,6 @@ def read_lock(folder: Path) -> Lock:
         raise STFError(f"{path} is damaged: {where}: {first['msg']}; merge again") from error
 
 
-def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[str]:
-    """Yield one line for each thing that is no longer as the lock says.
-
-    Args:
-        lock: the lock.
-        folder: the folder of the output.
-        cache: where hub models are kept, if not in the default place.
-    """
-    if text_digest(lock.recipe) != lock.recipe_sha256:
-        yield f"{FILE_NAME}: the recipe in it was changed"
-    for name, was in lock.versions.items():
-        now = versions().get(name, "not installed")
-        if now != was:
-            yield f"version of {name}: merged with {was}, here is {now}"
-    for model in lock.models:
-        yield from _model_differences(model, cache)
-    yield from (f"output {line}" for line in _file_differences(lock.outputs, folder))
-    for name in sorted(set(output_names(folder)) - {record.name for record in lock.outputs}):
-        yield f"output {name}: not in the lock"
-
-
 def output_names(folder: Path) -> list[str]:
     """Return the names of all files of an output, sorted.
 
@@ -204,37 +179,3 @@ def text_digest(text: str) -> str:
 def _model_record(model: InputModel, digests: dict[Path, str]) -> ModelRecord:
     files = (file_record(model.folder, name, digests[model.folder / name]) for name in model.files)
     return ModelRecord(reference=model.reference, commit=model.commit, files=tuple(files))
-
-
-def _model_differences(model: ModelRecord, cache: str | None) -> Iterator[str]:
-    try:
-        folder = _present(model, cache)
-    except (OSError, ValueError, RuntimeError) as error:
-        yield f"input {model.reference}: not on this machine ({printable(first_line(error))})"
-        return
-    for line in _file_differences(model.files, folder, links=True):
-        yield f"input {model.reference}: {line}"
-
-
-def _present(model: ModelRecord, cache: str | None) -> Path:
-    """Return a model's folder without asking the network: a lock file must not start downloads."""
-    path = ModelPath.model_validate(model.reference)
-    if model.commit is None:
-        return Path(path.path).resolve(strict=True)
-    found = snapshot_download(
-        path.path, revision=model.commit, cache_dir=cache, local_files_only=True
-    )
-    return Path(found)
-
-
-def _file_differences(
-    records: tuple[FileRecord, ...], root: Path, links: bool = False
-) -> Iterator[str]:
-    for record in records:
-        path = inside(root, record.name, links=links)
-        if not path.is_file():
-            yield f"{record.name}: missing"
-        elif path.stat().st_size != record.size:
-            yield f"{record.name}: {path.stat().st_size} bytes, was {record.size}"
-        elif sha256_of(path) != record.sha256:
-            yield f"{record.name}: other bytes"
