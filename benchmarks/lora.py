@@ -1,11 +1,13 @@
 """How much faster is a merge of adapters from their factors than one of full copies?
 
 Both routes get the same recipe over ``base+adapter`` references and must write the same weights.
-The rival is the host's own route with the same method: each adapter is merged into a float32 copy
-of the base (``ModelReference.merged``, which calls PEFT), then ``run_merge`` superposes the copies.
-Times are wall clock in one process after all imports, files in the page cache, and include reading
-every input and writing the output; ours includes the fsync of its output, the host's has none.
-``copy`` is the floor of any route that writes a full model: read the base, write it again.
+The rival is the host's own route with the same method and the same engine: each adapter is merged
+into a float32 copy of the base (``ModelReference.merged``, which calls PEFT), then ``run_merge``
+superposes the copies. Times are of one process after all imports, files in the page cache, and
+include reading every input and writing the output; ours includes the fsync of its output, the
+host's has none. ``copy`` is the floor of any route that writes a full model: read the base, write
+it again. Beside wall clock stands the CPU time of the process: with one thread, the default for
+both routes, it is what the wall clock would be on a machine that does nothing else.
 
     python benchmarks/lora.py --json benchmarks/results/lora.json
 """
@@ -44,6 +46,8 @@ from mergekit_stf.host.recipe import check_recipe
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-5
+PIECES = {"factors": 3, "adapter": 3, "copy": 3, "copies": 1, "full": 1}
+"""What is timed, and how often in a round."""
 
 
 def make(root: Path, options: argparse.Namespace) -> str:
@@ -106,11 +110,12 @@ class Routes:
         writer.finalize()
 
 
-def timed(work: Callable[[], None], written: Path) -> float:
+def timed(work: Callable[[], None], written: Path) -> tuple[float, float]:
+    """Return wall-clock and CPU seconds."""
     shutil.rmtree(written, ignore_errors=True)
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def check(root: Path) -> dict[str, float]:
@@ -154,54 +159,59 @@ def imports(module: str) -> float:
 
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     routes = Routes(root, make(root, options))
-    seconds: dict[str, list[float]] = {}
+    wall: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     for _ in range(options.rounds):
-        for name, repeats in (
-            ("factors", 3),
-            ("adapter", 3),
-            ("copy", 3),
-            ("copies", 1),
-            ("full", 1),
-        ):
+        for name, repeats in PIECES.items():
             written = root / ("cache" if name == "copies" else name)
             for _ in range(repeats):
-                seconds.setdefault(name, []).append(timed(getattr(routes, name), written))
-        seconds.setdefault("imports", []).append(imports("mergekit_stf.cli.lora"))
-        seconds.setdefault("imports_host", []).append(imports("mergekit.scripts.run_yaml"))
+                seconds = timed(getattr(routes, name), written)
+                wall.setdefault(name, []).append(seconds[0])
+                cpu.setdefault(name, []).append(seconds[1])
+        wall.setdefault("imports", []).append(imports("mergekit_stf.cli.lora"))
+        wall.setdefault("imports_host", []).append(imports("mergekit.scripts.run_yaml"))
     return {
         "errors": check(root),
-        "seconds": seconds,
-        "median": {name: statistics.median(values) for name, values in seconds.items()},
-        "setting": vars(options) | {"json": None},
-        "threads": torch.get_num_threads(),
+        "wall": wall,
+        "cpu": cpu,
+        "ratios": {"wall": ratios(medians(wall)), "cpu": ratios(medians(cpu))},
+        "setting": {key: value for key, value in vars(options).items() if key != "json"},
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
     }
 
 
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def ratios(median: dict[str, float]) -> dict[str, float]:
-    """Return how many times slower the rival is, each time for the same work."""
-    whole = median["copies"] + median["full"]
-    return {
-        "model: copies and merge": whole / median["factors"],
-        "model: merge of copies that are there": median["full"] / median["factors"],
-        "model: the same, both less the floor": (median["full"] - median["copy"])
-        / (median["factors"] - median["copy"]),
-        "model: copies and merge, with imports": (whole + median["imports_host"])
-        / (median["factors"] + median["imports"]),
-        "adapter: copies and merge": whole / median["adapter"],
+    """Return how many times slower the rival is."""
+    ours, whole = median["factors"], median["copies"] + median["full"]
+    found = {
+        "model, against copies and their merge": whole / ours,
+        "model, against the merge of copies that are there": median["full"] / ours,
+        "model, against copies and their merge, less the floor": (whole - median["copy"])
+        / (ours - median["copy"]),
+        "adapter, against copies and their merge": whole / median["adapter"],
     }
+    if "imports" in median:
+        found["model, against copies and their merge, with imports"] = (
+            whole + median["imports_host"]
+        ) / (ours + median["imports"])
+    return found
 
 
 def show(result: dict[str, Any]) -> None:
     errors = ", ".join(f"{name} {value:.1e}" for name, value in result["errors"].items())
     print(f"answers agree, relative: {errors}")
-    for name, values in result["seconds"].items():
-        low, high = min(values), max(values)
-        print(f"{name:13} {result['median'][name]:8.2f} s  [{low:.2f}, {high:.2f}], {len(values)}")
-    for name, ratio in ratios(result["median"]).items():
-        print(f"{ratio:6.1f} x  {name}")
+    for kind in ("wall", "cpu"):
+        for name, values in result[kind].items():
+            spread = f"[{min(values):.2f}, {max(values):.2f}], {len(values)}"
+            print(f"{kind:5} {name:13} {statistics.median(values):8.2f} s  {spread}")
+        for name, ratio in result["ratios"][kind].items():
+            print(f"{kind:5} {ratio:6.1f} x  {name}")
 
 
 def main() -> None:
@@ -212,15 +222,16 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=3)
     parser.add_argument("--size", type=float, default=0.005, help="standard deviation of B")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for both routes")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # PEFT and transformers
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), options)
-    result["ratios"] = ratios(result["median"])
     show(result)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
