@@ -12,8 +12,8 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank, sum_of, superpose_factors
 from mergekit_stf.core.trim import trim
 from mergekit_stf.host.adapter_plan import AdapterPlan, Change, TouchedWeight
-from mergekit_stf.host.tasks import check_finite, check_type
 from mergekit_stf.host.notices import NEAR_DUPLICATE
+from mergekit_stf.host.tasks import check_finite, check_type
 
 Delta = LowRank | Tensor
 
