@@ -20,6 +20,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_stf.cli.main import main
+from mergekit_stf.host.merging import OrderedConfiguration
 from mergekit_stf.host.store import active
 from tests.host.models import Checkpoints, save_family
 from tests.host.peft_adapters import save_adapter
@@ -337,3 +338,11 @@ def test_the_lock_names_everything(models: Checkpoints, recipe: Path, tmp_path: 
     assert lock["versions"]["torch"] == torch.__version__
     assert lock["threads"] == torch.get_num_threads()
     assert lock["device"] == "cpu"
+
+
+def test_the_host_goes_through_the_models_in_one_order() -> None:
+    names = [f"some/model{index}" for index in range(9)]
+    settings = {"merge_method": "stf", "base_model": names[8]}
+    settings["models"] = [{"model": name} for name in names[7::-1]]
+    config = OrderedConfiguration.model_validate(settings)
+    assert [str(model) for model in config.model_copy(deep=True).referenced_models()] == names
