@@ -63,7 +63,7 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return (
             SYSTEM,
-            f"out of memory ({text[:200]}); docs/performance.md says what lowers the need",
+            f"out of memory ({text[:200]}); --out-shard-size 1B or fewer models lower the need",
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
