@@ -55,9 +55,12 @@ def ill_posed(name: str, labels: Sequence[str], reports: Sequence[Report]) -> No
 
 
 def near_duplicates(labels: Sequence[str], report: Report) -> list[tuple[str, str]]:
-    """Return the pairs of models whose task matrices point the same or the opposite way."""
+    """Return the pairs of models whose task matrices point the same or the opposite way.
+
+    The names of a pair are sorted, because the order of tasks differs between weights.
+    """
     return [
-        (labels[i], labels[j])
+        (min(labels[i], labels[j]), max(labels[i], labels[j]))
         for i in range(len(labels))
         for j in range(i + 1, len(labels))
         if abs(report.overlaps[i][j]) >= NEAR_DUPLICATE

@@ -326,9 +326,7 @@ def test_near_duplicates_are_named_once_with_a_sum_at_the_end(caplog):
             merge_tensors([base, A, B, C], "stf", base_index=0, name=name, ids=["o", "a", "b", "c"])
     assert len(caplog.records) == 1
     assert "q_proj.weight" in caplog.text
-    assert "a and b" in caplog.text or "b and a" in caplog.text
+    assert "a and b" in caplog.text
     line = notices.summary()
-    assert line.startswith("3 weights were ill-posed and damped: ")
-    assert line.endswith("(3 weights)")
-    assert "c" not in line.split(": ")[1].split(" (")[0].split(" and ")
+    assert line == "3 weights were ill-posed and damped: a and b (3 weights)"
     assert notices.summary() is None
