@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import digests as digests_module
 from mergekit_stf.host import method
 from mergekit_stf.host.grid import parse_values, points, replaced
 from mergekit_stf.host.lock import read_lock
@@ -68,6 +70,29 @@ def test_a_decomposition_is_done_once_for_each_density(
     assert len(set(solved)) == 14
     assert len(solved) == 2 * 14
     assert not (tmp_path / "out" / ".store").exists()
+
+
+def test_an_input_is_hashed_once(
+    recipe: Path, models: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(digests_module, "_known", {})
+    sha256_of = digests_module.sha256_of
+
+    def counted(path: Path, stop: Callable[[], bool]) -> str:
+        hashed.append(path)
+        return sha256_of(path, stop)
+
+    monkeypatch.setattr(digests_module, "sha256_of", counted)
+    out = tmp_path / "out"
+    assert run("sweep", recipe, out, "--lambda", "0.4,0.6,0.8", "--quiet").exit_code == 0
+    assert len(hashed) == len(set(hashed)) > 4
+    assert {models.base / "model.safetensors"} <= set(hashed)
+    locks = [read_lock(out / f"lambda-{value}").models for value in ("0.4", "0.6", "0.8")]
+    assert locks[0] == locks[1] == locks[2]
+    (models.base / "config.json").touch()
+    assert run("sweep", recipe, out, "--lambda", "1", "--quiet").exit_code == 0
+    assert hashed[-1] == models.base / "config.json"
 
 
 def test_a_point_that_is_there_is_not_merged_again(recipe: Path, tmp_path: Path) -> None:
