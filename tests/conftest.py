@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.environments import build_wheel
+
+
+def pytest_configure() -> None:
+    """Undo what a background job inherits: a SIGINT that is ignored, in us and our children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

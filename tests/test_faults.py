@@ -332,7 +332,7 @@ def test_a_driver_that_always_fails_loses_nothing_that_is_finished(
     with monkeypatch.context() as patch:
         Driver(patch, lambda call: call > 6)
         result = merge_here(recipe, tmp_path / "out")
-    assert result.exit_code in (1, 70), result.output
+    assert result.exit_code == 1, result.output
     (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert "weight: no driver decomposes it" in line
     assert not (tmp_path / "out").exists()

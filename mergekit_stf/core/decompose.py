@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.routes import ROUTES, svd
 from mergekit_stf.core.truncated import leading, low_rank
@@ -57,6 +58,9 @@ def decompose(
 
     Returns:
         At most ``min(m, n)`` features with ``s_k > 1e-6 s_1``; none of a zero matrix.
+
+    Raises:
+        STFError: no driver decomposes the matrix, float64 on the CPU included.
     """
     if M.shape[0] < M.shape[1]:
         return decompose(M.mT, rank, route, source_dtype, name).transposed
@@ -113,8 +117,9 @@ def _attempt(M: Tensor, route: str, source_dtype: torch.dtype, name: str) -> Fea
                 stacklevel=2,
             )
         return found
-    raise RuntimeError(
-        f"{name or 'a task matrix'}: no driver decomposes it ({'; '.join(failures)})"
+    raise STFError(
+        f"{name or 'a task matrix'}: no driver decomposes it ({'; '.join(failures)}); look for "
+        "extreme values in this weight, or set `rule: sum` for it"
     )
 
 

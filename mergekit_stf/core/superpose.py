@@ -88,7 +88,7 @@ def superpose(
 
     Raises:
         ValueError: there is no matrix, or their shapes differ.
-        RuntimeError: no driver decomposes one of them.
+        STFError: no driver decomposes one of them.
 
     Example:
         >>> import torch

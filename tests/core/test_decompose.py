@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_stf.core import decompose, superpose
+from mergekit_stf.core import STFError, decompose, superpose
 from mergekit_stf.core.decompose import choose_route
 from mergekit_stf.core.routes import ROUTES
 
@@ -45,7 +45,7 @@ def test_float64_on_the_cpu_is_the_last_resort(monkeypatch):
 def test_a_driver_that_always_fails_names_the_weight(monkeypatch):
     for driver in ("svd", "eigh"):
         monkeypatch.setattr(torch.linalg, driver, failing(getattr(torch.linalg, driver), 10**9))
-    with pytest.raises(RuntimeError, match=r"v_proj: no driver decomposes it \(gram_float64: the"):
+    with pytest.raises(STFError, match=r"v_proj: no driver decomposes it \(gram_float64: the"):
         decompose(matrix(), name="v_proj")
 
 
