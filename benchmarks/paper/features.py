@@ -13,11 +13,8 @@ import torch
 from benchmarks.paper.common import Change, Study, change, is_matrix, main
 from mergekit_stf.core import superpose
 
-SCALES = (0.15, 0.2, 0.25, 0.3, 0.4)
-SHARES = {
-    "smallest": (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95),
-    "largest": (0.0, 0.02, 0.05, 0.1, 0.2, 0.4),
-}
+SCALES = (0.3, 0.4, 0.6, 0.9)
+SHARES = {"smallest": (0.0, 0.2, 0.5, 0.8, 0.9, 0.95), "largest": (0.0, 0.02, 0.05, 0.1, 0.2)}
 
 
 def measure(study: Study) -> dict[str, list[dict[str, Any]]]:
@@ -34,12 +31,16 @@ def measure(study: Study) -> dict[str, list[dict[str, Any]]]:
         for share in shares:
             merged = without(whole, decomposed, end, share)
             own_scale = best(study, merged)
+            scores = {
+                scale: study.score(merged.at(scale), study.kinds, "test")
+                for scale in {fixed_scale, own_scale}
+            }
             found[end].append(
                 {
                     "dropped": share,
                     "lambda": own_scale,
-                    "at fixed lambda": study.score(merged.at(fixed_scale), study.kinds, "test"),
-                    "at own lambda": study.score(merged.at(own_scale), study.kinds, "test"),
+                    "at fixed lambda": scores[fixed_scale],
+                    "at own lambda": scores[own_scale],
                 }
             )
     return found

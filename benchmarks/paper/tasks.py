@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.paper.common import LAMBDAS, Study, change, main
+from benchmarks.paper.common import Study, change, main
 
 SETS = 3
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2)
 
 
 def measure(study: Study) -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def measure(study: Study) -> list[dict[str, Any]]:
     for count in range(2, len(study.kinds) + 1):
         for kinds in sets_of_kinds(study.kinds, count):
             merged = change(study, "stf", kinds=kinds)
-            for scale in LAMBDAS:
+            for scale in SCALES:
                 score = study.score(merged.at(scale), kinds, "validation")
                 points.append({"tasks": count, "kinds": kinds, "lambda": scale, **score})
     return points

@@ -16,12 +16,17 @@ LAYERS = 4
 
 
 def measure(study: Study) -> list[dict[str, Any]]:
-    rows = [{"model": "trained, 0.9 M", "tasks": 6, **times(study.base, study.tuned)}]
-    for width in WIDTHS if study.seed == 0 else ():
-        base, tuned = random_models(width)
-        size = sum(x.numel() for x in base.values()) / 1e6
-        rows.append({"model": f"width {width}, {size:.0f} M", "tasks": 3, **times(base, tuned)})
-    return rows
+    models = [("trained", study.base, study.tuned)]
+    if study.seed == 0:
+        models += [(f"width {width}", *random_models(width)) for width in WIDTHS]
+    return [
+        {"model": f"{name}, {millions(base):.1f} M", "tasks": len(tuned), **times(base, tuned)}
+        for name, base, tuned in models
+    ]
+
+
+def millions(weights: StateDict) -> float:
+    return sum(x.numel() for x in weights.values()) / 1e6
 
 
 def random_models(width: int) -> tuple[StateDict, dict[str, StateDict]]:
