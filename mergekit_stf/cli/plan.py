@@ -181,7 +181,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"          {duration(found.starting)} starting and checking, "
         f"{duration(found.merging)} merging, {duration(found.files)} files"
     )
-    yield f"memory    {amount(found.memory)} at peak, {amount(found.mapped)} of it mapped inputs"
+    own, mapped = amount(found.memory - found.mapped), amount(found.mapped)
+    yield f"memory    {own} at peak, and up to {mapped} of mapped inputs"
     if found.device_memory:
         yield f"device    {amount(found.device_memory)} at peak"
     yield f"disk      {amount(found.output)} output, {amount(found.store)} store while merging"

@@ -70,7 +70,7 @@ def test_the_page_names_time_memory_and_the_costliest_weights(recipe: Path) -> N
     done = run("plan", recipe)
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert {"rule", "superpose", "sum", "mean", "time", "memory", "disk"} <= set(lines)
-    assert "of it mapped inputs" in lines["memory"]
+    assert "of mapped inputs" in lines["memory"]
     costliest = done.stdout.partition("costliest weights\n")[2].splitlines()[0]
     assert "_proj.weight" in costliest
 
