@@ -2,9 +2,9 @@
 
 The error of a feature is ``|<s u, M v - s u>|`` with the method's M at ``lambda`` = 1 and the
 features of the untrimmed task matrices, averaged over all features of all tasks and all input
-matrices of the feed-forward layers (``gate_proj`` and ``up_proj``). Quality comes from the
-``quality`` question: share of the specialists' gain kept on the test split, for the same density
-and the ``lambda`` that is best for it on the validation split.
+matrices of the feed-forward layers (``gate_proj`` and ``up_proj``). The plot sets it against the
+share of the specialists' gain kept at the same density and the best ``lambda`` for it, both on the
+validation split, from the ``quality`` question.
 """
 
 from __future__ import annotations
