@@ -26,6 +26,10 @@ METHODS: dict[str, dict[str, Any]] = {
 """
 
 
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+"""Of ``mergekit-yaml``: no look at the Hub, and one thread, as the models were trained."""
+
+
 def recipe(method: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Return the recipe that merges the specialists of these kinds, paths relative to the demo.
 
@@ -67,7 +71,7 @@ def merge(root: Path, method: str) -> Path:
     run = subprocess.run(
         command,
         cwd=root,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         check=False,

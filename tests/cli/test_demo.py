@@ -133,7 +133,7 @@ def test_names_files_that_exist_and_recipes_that_run_from_the_directory(
     assert not list(root.glob("**/*.partial"))
     again = subprocess.run(
         [*demo_merging.mergekit_yaml(), "recipes/stf.yml", "merged/again", "--quiet"],
-        cwd=root, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=root, capture_output=True, text=True, env={**os.environ, **demo_merging.ENVIRONMENT},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     first = (root / "merged/stf/model.safetensors").read_bytes()
