@@ -3,7 +3,7 @@
 A Llama of 119 million parameters (hidden 1024, intermediate 2816, 8 layers, vocabulary 8000) in
 bfloat16, a base and three tuned copies, merged by the real command in processes of its own, methods
 in turn: ``stf``, ``ties``, ``task_arithmetic``, and the straightforward implementation, registered
-with the host from this file.
+with the host from this file and trimming with the host's own ``sparsify``.
 
     python benchmarks/whole_merge.py --json benchmarks/results/whole_merge.json
 """
@@ -23,6 +23,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
 from mergekit.merge_methods.registry import register
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from mergekit.sparsify import SparsificationMethod, sparsify
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,18 +88,23 @@ def check(root: Path, density: float) -> float:
     return distance(out - base, expected - base)
 
 
-def run_with_rival() -> None:
+def run_with_rival(density: str) -> None:
     """Be ``mergekit-yaml`` with the straightforward implementation registered."""
 
     @merge_method(name="straightforward")
     def rival(group: TensorGroup) -> torch.Tensor:
         base = group.base.tensor
-        deltas = [entry.tensor.float() - base.float() for entry in group.non_base]
+        deltas = [
+            sparsify(
+                entry.tensor.float() - base.float(), float(density), SparsificationMethod.magnitude
+            )
+            for entry in group.non_base
+        ]
         M = straightforward(deltas) if base.ndim == 2 and base.shape[0] != 8000 else sum(deltas)
         return (base.float() + 0.8 * M).to(base.dtype)
 
     register(rival)
-    sys.argv = ["mergekit-yaml", *sys.argv[2:]]
+    sys.argv = ["mergekit-yaml", *sys.argv[3:]]
     mergekit_yaml()
 
 
@@ -111,18 +117,18 @@ def command(root: Path, method: str, density: float) -> list[str]:
         "--no-copy-tokenizer",
     ]
     if method == "straightforward":
-        return [sys.executable, __file__, "--as-rival", *arguments]
+        return [sys.executable, __file__, "--as-rival", str(density), *arguments]
     return [str(Path(sys.executable).with_name("mergekit-yaml")), *arguments]
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--as-rival"]:
-        run_with_rival()
+        run_with_rival(sys.argv[2])
         return
     options = parser(__doc__)
     for name, default in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
         options.add_argument(f"--{name}", type=int, default=default)
-    options.add_argument("--density", type=float, default=1.0)
+    options.add_argument("--density", type=float, default=0.2)
     options.add_argument("--rival-runs", type=int, default=1)
     given = options.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -24,7 +24,7 @@ LARGEST_FRACTION = 0.3
 LARGEST_SPACE = 0.7
 """A Krylov space beyond this fraction of the smaller side costs more than the exact answer."""
 
-PROBE = 8
+PROBE = 16
 """A rank below ``min(m, n) / PROBE`` is recognised."""
 
 

@@ -49,7 +49,7 @@ def test_many_features_of_many_are_left_to_the_exact_route():
     assert leading(decaying(100, 100, 0), 10) is None
 
 
-@pytest.mark.parametrize("rank", [1, 16, 30])
+@pytest.mark.parametrize("rank", [1, 8, 16])
 def test_a_low_rank_is_recognised(rank):
     generator = torch.Generator().manual_seed(rank)
     A, B = torch.randn(350, rank, generator=generator), torch.randn(rank, 280, generator=generator)
