@@ -10,6 +10,7 @@ linear in T.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,6 +20,9 @@ from mergekit_stf.core.features import Features
 
 APPLICATIONS = 12
 """Applications of G that a solve is expected to need, for choosing between the two."""
+
+STACKED = 2**26
+"""Entries of all features up to which a second copy of them is small, 256 MB in float32."""
 
 
 class Gram(Protocol):
@@ -30,39 +34,62 @@ class Gram(Protocol):
 
 
 class Blocks:
-    """G by its off-diagonal blocks ``B_ij = (U_iᵀ U_j) ∘ (V_iᵀ V_j)``, i < j, each (r_i, r_j)."""
+    """G by its blocks above the diagonal, ``(U_iᵀ U_j) ∘ (V_iᵀ V_j)``, i < j.
+
+    Where a second copy of the features is small, each task meets all later ones in one product.
+    """
 
     def __init__(self, features: Sequence[Features]) -> None:
-        self.sizes = [f.rank for f in features]
-        self.blocks = {
-            (i, j): (features[i].U.mT @ features[j].U).mul_(features[i].Vh @ features[j].Vh.mT)
-            for j in range(len(features))
-            for i in range(j)
-        }
+        ends = list(accumulate(f.rank for f in features))
+        spans = [slice(end - f.rank, end) for f, end in zip(features, ends, strict=True)]
+        stacked = _stacked(features)
+        self.blocks: list[tuple[slice, slice, Tensor]] = []
+        for i, first in enumerate(features[:-1]):
+            if stacked is None:
+                later = [(spans[j], f.U, f.Vh) for j, f in enumerate(features) if j > i]
+            else:
+                rest = slice(ends[i], ends[-1])
+                later = [(rest, stacked[0][rest].mT, stacked[1][rest])]
+            for columns, U, Vh in later:
+                block = (first.U.mT @ U).mul_(first.Vh @ Vh.mT)
+                self.blocks.append((spans[i], columns, block))
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
-        parts = torch.split(alpha, self.sizes)
         result = alpha.clone()
-        out = torch.split(result, self.sizes)
-        for (i, j), block in self.blocks.items():
-            out[i].add_(torch.mv(block, parts[j].to(block.dtype)))
-            out[j].add_(torch.mv(block.mT, parts[i].to(block.dtype)))
+        for rows, columns, block in self.blocks:
+            result[rows] += torch.mv(block, alpha[columns].to(block.dtype))
+            result[columns] += torch.mv(block.mT, alpha[rows].to(block.dtype))
         return result
 
 
 class Products:
-    """G by two matrix products a task and application: ``M(alpha)``, then ``u_kᵀ M v_k``."""
+    """G by two matrix products a task and application: ``M(alpha)``, then ``u_kᵀ M v_k``.
+
+    Where a second copy of the features is small, all tasks share each of the two products.
+    """
 
     def __init__(self, features: Sequence[Features]) -> None:
         self.features = features
         self.sizes = [f.rank for f in features]
+        self.stacked = _stacked(features)
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
+        if self.stacked is not None:
+            Uh, Vh = self.stacked
+            M = (Uh * alpha.to(Uh.dtype).unsqueeze(1)).mT @ Vh
+            return (Uh @ M).mul_(Vh).sum(dim=1).to(alpha.dtype)
         M = combine(self.features, torch.split(alpha, self.sizes))
         responses = [((M @ f.Vh.mT).mul_(f.U)).sum(dim=0) for f in self.features]
         return torch.cat(responses).to(alpha.dtype)
+
+
+def _stacked(features: Sequence[Features]) -> tuple[Tensor, Tensor] | None:
+    """Return all output and input features as rows, (r, m) and (r, n), if a copy is affordable."""
+    if sum(f.U.numel() + f.Vh.numel() for f in features) > STACKED:
+        return None
+    return torch.cat([f.U.mT for f in features]), torch.cat([f.Vh for f in features])
 
 
 def combine(features: Sequence[Features], alpha: Sequence[Tensor]) -> Tensor:

@@ -31,8 +31,10 @@ def length(M):
     return float(M.norm())
 
 
+@pytest.mark.parametrize("stacked", [0, 2**26])
 @pytest.mark.parametrize("form", [Blocks, Products])
-def test_both_forms_apply_the_gram_matrix(form):
+def test_both_forms_apply_the_gram_matrix(form, stacked, monkeypatch):
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "STACKED", stacked)
     features = [decompose(draw(i, 40, 60), rank=r) for i, r in enumerate((1.0, 0.5, 7))]
     alpha = torch.randn(67, generator=torch.Generator().manual_seed(9)).double()
     torch.testing.assert_close(
@@ -51,8 +53,8 @@ def test_memory_of_the_solve_is_linear_in_the_number_of_tasks():
     sizes = {}
     for tasks in (4, 32, 64):
         operator = gram([decompose(draw(i, 32)) for i in range(tasks)])
-        blocks = getattr(operator, "blocks", {})
-        sizes[tasks] = sum(block.numel() for block in blocks.values())
+        blocks = getattr(operator, "blocks", [])
+        sizes[tasks] = sum(block.numel() for _, _, block in blocks)
     assert all(size <= tasks * 32 * 32 * 2 for tasks, size in sizes.items())
 
 
