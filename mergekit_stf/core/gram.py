@@ -105,12 +105,13 @@ def gram(features: Sequence[Features]) -> Gram:
     """Choose the cheaper form of G.
 
     Counted in multiplications: the blocks cost ``r_i r_j (m + n)`` a pair, once; the products cost
-    ``2 m n r_i`` a task and application. The blocks must also fit into the memory of the features.
+    ``2 m n r_i`` a task and application. The blocks must also be small, or fit into the memory
+    of the features.
     """
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
     sizes = [f.rank for f in features]
     pairs = (sum(sizes) ** 2 - sum(r * r for r in sizes)) // 2
-    affordable = pairs <= sum(sizes) * max(m, n)
+    affordable = pairs <= max(STACKED, sum(sizes) * max(m, n))
     if affordable and pairs * (m + n) <= APPLICATIONS * 2 * m * n * sum(sizes):
         return Blocks(features)
     return Products(features)

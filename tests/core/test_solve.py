@@ -42,14 +42,16 @@ def test_both_forms_apply_the_gram_matrix(form, stacked, monkeypatch):
     )
 
 
-def test_few_tasks_take_blocks_and_many_take_products():
+def test_few_tasks_take_blocks_and_many_take_products(monkeypatch):
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "STACKED", 0)
     few = [decompose(draw(i, 40)) for i in range(3)]
     many = [decompose(draw(i, 40)) for i in range(40)]
     assert isinstance(gram(few), Blocks)
     assert isinstance(gram(many), Products)
 
 
-def test_memory_of_the_solve_is_linear_in_the_number_of_tasks():
+def test_memory_of_the_solve_is_linear_in_the_number_of_tasks(monkeypatch):
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "STACKED", 0)
     sizes = {}
     for tasks in (4, 32, 64):
         operator = gram([decompose(draw(i, 32)) for i in range(tasks)])
