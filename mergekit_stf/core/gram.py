@@ -64,22 +64,14 @@ class Blocks:
 
 
 class Products:
-    """G by two matrix products a task and application: ``M(alpha)``, then ``u_kᵀ M v_k``.
-
-    Where a second copy of the features is small, all tasks share each of the two products.
-    """
+    """G by two matrix products a task and application: ``M(alpha)``, then ``u_kᵀ M v_k``."""
 
     def __init__(self, features: Sequence[Features]) -> None:
         self.features = features
         self.sizes = [f.rank for f in features]
-        self.stacked = _stacked(features)
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
-        if self.stacked is not None:
-            Uh, Vh = self.stacked
-            M = (Uh * alpha.to(Uh.dtype).unsqueeze(1)).mT @ Vh
-            return (Uh @ M).mul_(Vh).sum(dim=1).to(alpha.dtype)
         M = combine(self.features, torch.split(alpha, self.sizes))
         responses = [((M @ f.Vh.mT).mul_(f.U)).sum(dim=0) for f in self.features]
         return torch.cat(responses).to(alpha.dtype)
