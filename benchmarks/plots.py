@@ -66,5 +66,6 @@ def save(fig: plt.Figure, name: str) -> None:
 
 
 if __name__ == "__main__":
-    scaling()
-    truncation()
+    for draw in (scaling, truncation):
+        if (RESULTS / f"{draw.__name__}.json").exists():
+            draw()
