@@ -201,7 +201,7 @@ def test_times_are_short(seconds: float, shown: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_memory_estimate_is_near_what_the_merge_takes(tmp_path: Path) -> None:
+def test_the_estimate_is_near_what_the_merge_takes(tmp_path: Path) -> None:
     size = {"hidden_size": 384, "intermediate_size": 1024, "vocab_size": 2000}
     recipe = write_recipe(tmp_path / "recipe.yml", save_model(llama(**size), tmp_path / "models"))
     plan = json.loads(_process("plan", recipe, "--json"))
@@ -210,8 +210,7 @@ def test_the_memory_estimate_is_near_what_the_merge_takes(tmp_path: Path) -> Non
     records = [json.loads(line) for line in lines]
     seconds = sum(record["seconds"] for record in records)
     memory = max(record["peak_rss"] for record in records)
-    assert plan["estimate"]["merging"] > 0
-    assert seconds > 0  # how near the two are depends on a quiet machine: benchmarks/tools.py
+    assert plan["estimate"]["merging"] == pytest.approx(seconds, rel=2)
     assert 1 / 1.5 < plan["estimate"]["memory"] / memory < 1.5
 
 
