@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -13,27 +13,31 @@ from mergekit_stf.core.errors import STFError
 CHUNK = 1 << 22
 
 
-def sha256_of(path: Path, stop: Callable[[], bool] = lambda: False) -> str:
+def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal.
 
-    Args:
-        path: the file.
-        stop: asked after every few megabytes; true ends the reading early.
-
     Raises:
-        STFError: the file cannot be read, or ``stop`` ended the reading.
+        STFError: the file cannot be read.
     """
     digest = hashlib.sha256()
+    for piece in pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def pieces(path: Path) -> Iterator[memoryview]:
+    """Yield a file's bytes, a few megabytes at a time, each in the memory of the one before.
+
+    Raises:
+        STFError: the file cannot be read.
+    """
     buffer = bytearray(CHUNK)
     try:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-                if stop():
-                    raise STFError(f"{path}: reading was interrupted")
+                yield memoryview(buffer)[:count]
     except OSError as error:
         raise STFError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -58,13 +62,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a directory's names, to the disk."""
+def sync(path: Path, forget: bool = False) -> None:
+    """Force a file's bytes, or a directory's names, to the disk.
+
+    Args:
+        path: the file or directory.
+        forget: also give back the memory in which the system keeps a copy of the bytes, where the
+            system can do that, so that the next file need not be written into fresh memory.
+    """
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no directories
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from mergekit_stf.host.store_entry import (
     read_entry,
     write_entry,
 )
+from mergekit_stf.host.store_writer import Writer
 
 VARIABLE = "MERGEKIT_STF_STORE"
 VARIABLE_SIZE = "MERGEKIT_STF_STORE_SIZE"
@@ -62,6 +63,7 @@ class Store:
         self._used: set[str] = set()
         self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._writer: Writer | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,6 +85,8 @@ class Store:
         An entry that is truncated, corrupted or foreign is removed, with a warning.
         """
         path = self._path(key)
+        if path.name in self._used:
+            self.flush()
         try:
             matrix, note = read_entry(path, key)
             os.utime(path)
@@ -105,15 +109,49 @@ class Store:
     def put(self, key: str, matrix: torch.Tensor, note: str = "") -> None:
         """Store a matrix and a text about it, complete or not at all.
 
+        Inside `writing_beside` this returns before it is written.
+
+        Args:
+            key: the entry's name.
+            matrix: not to be changed afterwards.
+            note: the text.
+
         Raises:
-            STFError: the disk is full or the folder cannot be written.
+            STFError: this or the entry before it could not be written, as the disk is full or the
+                folder is read-only.
         """
         path = self._path(key)
         matrix = matrix.detach().cpu().contiguous()
+        self.flush()
         with self._lock:
             if not self._make_room(matrix.nbytes + HEADER + len(note)):
                 return
             self._used.add(path.name)
+        write = partial(self._write, path, key, matrix, note)
+        if self._writer is None:
+            write()
+        else:
+            self._writer.start(write)
+
+    def flush(self) -> None:
+        """Wait until all entries are written.
+
+        Raises:
+            STFError: one could not be written.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    @contextlib.contextmanager
+    def writing_beside(self) -> Iterator[None]:
+        """Write entries in a thread of their own inside the block, at whose end all are written."""
+        with Writer() as self._writer:
+            try:
+                yield
+            finally:
+                self._writer = None
+
+    def _write(self, path: Path, key: str, matrix: torch.Tensor, note: str) -> None:
         try:
             write_entry(path, key, matrix, note)
         except (OSError, SafetensorError) as error:
@@ -195,10 +233,11 @@ _current: list[Store] = []
 
 @contextlib.contextmanager
 def using(store: Store) -> Iterator[Store]:
-    """Let every merge inside the block use ``store``."""
+    """Let every merge inside the block use ``store``, which writes beside it."""
     _current.append(store)
     try:
-        yield store
+        with store.writing_beside():
+            yield store
     finally:
         _current.remove(store)
 

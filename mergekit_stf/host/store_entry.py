@@ -46,7 +46,7 @@ def write_entry(path: Path, key: str, matrix: torch.Tensor, note: str) -> None:
     with TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         save_file({"M": matrix}, temporary, metadata)
-        sync(temporary)
+        sync(temporary, forget=True)
         temporary.replace(path)
 
 

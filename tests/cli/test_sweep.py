@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,13 +77,13 @@ def test_an_input_is_hashed_once(
 ) -> None:
     hashed: list[Path] = []
     monkeypatch.setattr(digests_module, "_known", {})
-    sha256_of = digests_module.sha256_of
+    pieces = digests_module.pieces
 
-    def counted(path: Path, stop: Callable[[], bool]) -> str:
+    def counted(path: Path) -> Iterator[memoryview]:
         hashed.append(path)
-        return sha256_of(path, stop)
+        return pieces(path)
 
-    monkeypatch.setattr(digests_module, "sha256_of", counted)
+    monkeypatch.setattr(digests_module, "pieces", counted)
     out = tmp_path / "out"
     assert run("sweep", recipe, out, "--lambda", "0.4,0.6,0.8", "--quiet").exit_code == 0
     assert len(hashed) == len(set(hashed)) > 4

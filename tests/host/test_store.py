@@ -4,6 +4,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -150,6 +151,65 @@ def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyP
     with pytest.raises(STFError, match="no space left on the disk; free some space and run"):
         store.put("ab", torch.eye(2))
     assert list(store.folder.iterdir()) == []
+
+
+def test_beside_the_merge_entries_are_complete_when_asked_for_and_at_the_end(store: Store) -> None:
+    matrices = {f"{k:02x}": torch.randn(300, 300) for k in range(8)}
+    with using(store):
+        for key, matrix in matrices.items():
+            store.put(key, matrix)
+            assert torch.equal(store.get(key), matrix)
+        store.put("ff", torch.eye(3))
+    assert len(list(store.folder.iterdir())) == store.written == 9
+
+
+def test_beside_the_merge_the_next_entry_waits_for_the_one_before(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    write = module.write_entry
+
+    def slow(path: Path, key: str, *rest: object) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        time.sleep(0.05)
+        write(path, key, *rest)
+        order.append(key)
+
+    monkeypatch.setattr(module, "write_entry", slow)
+    with using(store):
+        store.put("01", torch.eye(2))
+        order.append("put")
+        store.put("02", torch.eye(2))
+        assert order[:2] == ["put", "01"]
+    assert order == ["put", "01", "02"]
+
+
+def put_beside(store: Store, *keys: str, error: Exception | None = None) -> None:
+    with using(store):
+        for key in keys:
+            store.put(key, torch.eye(2))
+        if error:
+            raise error
+
+
+def test_beside_the_merge_an_error_of_writing_ends_the_merge(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def full(*_: object) -> None:
+        tried.append(_)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_entry, "save_file", full)
+    for keys in (["01"], ["01", "02", "03"]):
+        tried.clear()
+        with pytest.raises(STFError, match="no space left on the disk"):
+            put_beside(store, *keys)
+        assert len(tried) == 1
+    with pytest.raises(ZeroDivisionError):
+        put_beside(store, "01", error=ZeroDivisionError())
+    assert store.written == 0
 
 
 def test_clear_leaves_what_is_not_ours(store: Store) -> None:
