@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,13 @@ from mergekit_stf.core.decompose import decompose
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.solve import Solution, solve
+from mergekit_stf.core.tolerances import RESIDUAL, WELL_POSED
+
+DIRECT = 256
+"""Features of all tasks up to which the whole ``G`` is formed and factored."""
+
+BLOCK = 2**16
+"""Entries of a block of rows, 256 KB in float32: smaller than a core's share of the cache."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +63,27 @@ class LowRank:
 
     def scaled(self, factor: float) -> LowRank:
         """Return ``factor`` times the product."""
-        return LowRank(self.left * factor, self.right)
+        return self if factor == 1 else LowRank(self.left * factor, self.right)
 
     def dense(self) -> Tensor:
         """Form the product, (m, n), in the type of the factors."""
         return self.left @ self.right
 
-    def add_to(self, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ``base + left @ right``, (m, n), formed in float32 or better and rounded once.
+    def added_to(self, base: Tensor) -> Iterator[Tensor]:
+        """Yield ``base + left @ right`` in blocks of rows, each (k, n) and valid until the next.
+
+        The type is float32, float64 for a float64 base. A block stays in the processor's cache
+        from the product until the caller has used it.
 
         Args:
-            base: (m, n), of any floating-point type; a float64 one is added to in float64.
-            dtype: the type of the result.
+            base: (m, n), of any floating-point type.
         """
         compute = torch.promote_types(base.dtype, torch.float32)
-        total = torch.addmm(base.to(compute), self.left.to(compute), self.right.to(compute))
-        return total.to(dtype)
+        left, right = self.left.to(compute), self.right.to(compute)
+        rows = max(1, BLOCK // max(1, base.shape[1]))
+        buffer = torch.empty(min(rows, base.shape[0]), base.shape[1], dtype=compute)
+        for part, factor in zip(torch.split(base, rows), torch.split(left, rows), strict=True):
+            yield torch.addmm(part.to(compute), factor, right, out=buffer[: part.shape[0]])
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,10 @@ def superpose_factors(
         features = [f for f in _of_one_type(found) if f.rank]
         if not features:
             return FactoredSuperposition(LowRank(found[0].U[:, :0], found[0].Vh[:0]), None)
-        solution = solve(features, ridge)
+        U = torch.cat([f.U for f in features], dim=1)
+        Vh = torch.cat([f.Vh for f in features])
+        solution = _direct(features, U, Vh) if ridge is None else None
+        solution = solution or solve(features, ridge)
         if not solution.converged:
             warnings.warn(
                 f"{name}: the solve stopped at a relative residual of {solution.residual:.1e}; "
@@ -157,9 +172,7 @@ def superpose_factors(
                 RuntimeWarning,
                 stacklevel=2,
             )
-        parts = zip(features, solution.alpha, strict=True)
-        M = sum_of([LowRank(f.U * alpha, f.Vh) for f, alpha in parts])
-        return FactoredSuperposition(M, solution)
+        return FactoredSuperposition(LowRank(U * torch.cat(solution.alpha), Vh), solution)
 
 
 def _features(
@@ -168,6 +181,46 @@ def _features(
     if isinstance(matrix, LowRank):
         return factored_features(matrix, rank)
     return decompose(matrix, rank, source_dtype=source_dtype, name=name)
+
+
+def _direct(features: Sequence[Features], U: Tensor, Vh: Tensor) -> Solution | None:
+    """Solve a small system by a Cholesky factorisation of the whole ``G``.
+
+    This costs less than one step of the Lanczos process, which tells more about the system.
+
+    Args:
+        features: of each task.
+        U: (m, r), the output features of all tasks.
+        Vh: (r, n), their input features.
+
+    Returns:
+        The exact solution, or None where the system is large, or so ill-posed that the exact
+        solution may not be wanted.
+    """
+    if U.shape[1] > DIRECT:
+        return None
+    s = torch.cat([f.s for f in features])
+    G = ((U.mT @ U) * (Vh @ Vh.mT)).double()
+    G.diagonal().fill_(1)
+    factor, failure = torch.linalg.cholesky_ex(G)
+    target = s.double()
+    alpha = torch.cholesky_solve(target.unsqueeze(1), factor).squeeze(1)
+    missed = torch.linalg.vector_norm(torch.mv(G, alpha) - target)
+    square, answer, rest = torch.stack([target @ target, target @ alpha, missed]).tolist()
+    energy, residual = answer / square, rest / math.sqrt(square)
+    if failure or not residual <= RESIDUAL[s.dtype] or energy > WELL_POSED:
+        return None
+    pivots = factor.diagonal()
+    return Solution(
+        alpha=torch.split(alpha.to(s.dtype), [f.rank for f in features]),
+        iterations=0,
+        residual=residual,
+        converged=True,
+        condition=float((pivots.max() / pivots.min()).square()),
+        energy=energy,
+        ridge=0.0,
+        cutoff=0.0,
+    )
 
 
 def _of_one_type(features: list[Features]) -> list[Features]:

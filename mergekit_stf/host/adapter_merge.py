@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
@@ -56,23 +57,29 @@ class AdapterMerger:
             return _sum([*tasks.values()], scale)
         return self._superposed(tasks, weight).scaled(scale)
 
-    def tensor(self, stored: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a weight of the merged model, formed in float32 or better and rounded once.
+    def pieces(self, stored: str, base: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield a weight of the merged model, in blocks of rows, each valid until the next.
+
+        It is formed in float32 or better and rounded once.
 
         Args:
             stored: the weight's name in the base's checkpoint.
             base: its tensor.
             dtype: the type of the result.
+
+        Raises:
+            STFError: as `delta`, or the base holds NaN or infinity, or a type that holds no
+                merged weight.
         """
         delta = self.delta(stored, lambda: base)
         if delta is None:
-            return base.to(dtype)
+            yield base.to(dtype)
+            return
         check_type(stored, base.dtype)
-        check_finite(stored, [("base_model", base)])
-        if isinstance(delta, LowRank):
-            return delta.add_to(base, dtype)
-        compute = torch.promote_types(base.dtype, delta.dtype)
-        return (base.to(compute) + delta.to(compute)).to(dtype)
+        for block in _added(delta, base):
+            if not math.isfinite(float(block.sum())):
+                check_finite(stored, [("base_model", base)])
+            yield block.to(dtype)
 
     def _superposed(self, tasks: dict[str, Delta], weight: TouchedWeight) -> LowRank:
         planned = weight.planned
@@ -91,6 +98,14 @@ class AdapterMerger:
         if found.solution is not None and found.solution.cutoff:
             self.damped[planned.name] = _near_duplicates(tasks)
         return found.M
+
+
+def _added(delta: Delta, base: Tensor) -> Iterator[Tensor]:
+    if isinstance(delta, LowRank):
+        yield from delta.added_to(base)
+    else:
+        compute = torch.promote_types(base.dtype, delta.dtype)
+        yield base.to(compute) + delta.to(compute)
 
 
 def _tasks(weight: TouchedWeight, base: Callable[[], Tensor]) -> Iterator[tuple[str, Delta]]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.io.tensor_writer import TensorWriter
 from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_plan import AdapterPlan
+from mergekit_stf.host.adapter_shards import write_shards
+from mergekit_stf.host.headers import Header
 
 COMPANIONS = [
     "config.json",
@@ -49,13 +51,18 @@ def write_model(
     plan = merger.plan
     loader = LoaderCache().get(plan.base)
     shards = loader.index.tensor_paths
-    writer = TensorWriter(str(out), max_shard_size=options.out_shard_size)
     asked = dtype_from_name(config.out_dtype or config.dtype)
-    for name in tqdm(sorted(shards, key=lambda n: (shards[n], n)), disable=options.quiet):
+    headers = {}
+    for name in sorted(shards, key=lambda name: (shards[name], name)):
         tensor = loader.get_tensor(name)
-        dtype = _out_dtype(plan, name, tensor, asked)
-        writer.save_tensor(name, merger.tensor(name, tensor, dtype))
-    writer.finalize()
+        headers[name] = Header(tuple(tensor.shape), _out_dtype(plan, name, tensor, asked))
+    with tqdm(total=len(headers), disable=options.quiet) as progress:
+
+        def pieces(name: str) -> Iterator[Tensor]:
+            yield from merger.pieces(name, loader.get_tensor(name), headers[name].dtype)
+            progress.update()
+
+        write_shards(headers, pieces, out, options.out_shard_size)
     _write_companions(plan, asked, options.trust_remote_code, out)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_stf.core import lowrank
 from mergekit_stf.core.lowrank import (
     LowRank,
     factored_features,
@@ -116,12 +117,36 @@ def test_norm_and_transposition_do_not_need_the_product() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_sum_with_the_base_is_rounded_once(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block", [1, 100, 2**16])
+def test_sum_with_the_base_in_blocks_of_rows(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowrank, "BLOCK", block)
     low = matrix(5)
     base = torch.randn(40, 28, generator=torch.Generator().manual_seed(6)).to(dtype)
+    total = torch.cat([block.clone() for block in low.added_to(base)])
+    assert total.dtype == torch.promote_types(dtype, torch.float32)
     exact = base.double() + low.dense()
-    total = low.add_to(base, dtype)
-    assert total.dtype == dtype
-    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=1.0)
-    single = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 32
-    assert bool(((total.double() - exact).abs() <= spacing / 2 + single).all())
+    assert difference(total, exact) < 10 * torch.finfo(total.dtype).eps
+
+
+def test_factorisation_and_lanczos_give_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [matrix(seed, r=6, size=1 + seed) for seed in range(3)]
+    direct = superpose_factors(matrices)
+    monkeypatch.setattr(lowrank, "DIRECT", 0)
+    iterated = superpose_factors(matrices)
+    assert difference(direct.M.dense(), iterated.M.dense()) < 1e-12
+    assert direct.solution is not None
+    assert iterated.solution is not None
+    assert direct.solution.iterations == 0 < iterated.solution.iterations
+    assert direct.solution.energy == pytest.approx(iterated.solution.energy)
+    assert 1 <= direct.solution.condition <= 1.01 * iterated.solution.condition
+
+
+def test_contradictions_are_left_to_the_general_solver() -> None:
+    first = matrix(0)
+    noisy = LowRank(first.left * 1.1, first.right + 1e-3 * matrix(1).right)
+    merged = superpose_factors([first, noisy])
+    assert merged.solution is not None
+    assert merged.solution.cutoff > 0
+    assert merged.M.norm < 3 * first.norm
