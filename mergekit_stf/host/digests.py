@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import sys
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, get_native_id
+from threading import Event
 from types import TracebackType
+
+import torch
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.files import pieces
 from mergekit_stf.host.inputs import InputModel
 
-LEAST = 19
-"""The lowest priority of a thread."""
-
 _known: dict[tuple[Path, tuple[int, int, int]], str] = {}
 
 
 class Digests:
-    """SHA-256 of every input, computed in the time that the merge leaves over.
+    """SHA-256 of every input, read while a processor has nothing else to do, and at the end.
+
+    Hashing at the merge's own priority would delay it by more than the hashing takes: all
+    threads of a matrix product wait for the one that had to share its processor.
 
     A file that this process has read before, and that has kept its size, time and inode since,
     is not read again: the points of a sweep share their inputs.
@@ -35,7 +38,8 @@ class Digests:
         paths = [model.folder / name for model in models for name in model.files]
         self._before = {path: _identity(path) for path in paths}
         self._new: dict[Path, str] = {}
-        self._steps = self._read()
+        unknown = [path for path, before in self._before.items() if (path, before) not in _known]
+        self._left = deque(self._read(path) for path in unknown)
         self._stop = Event()
         self._pool = ThreadPoolExecutor(max_workers=1, initializer=_give_way)
         self._beside: Future[None]
@@ -56,41 +60,47 @@ class Digests:
         self._pool.shutdown()
 
     def result(self) -> dict[Path, str]:
-        """Return the digests of all inputs, after reading what is not read yet.
+        """Read what is left, now with all threads, and return the digests of all inputs.
 
         Raises:
             STFError: an input cannot be read, or was changed since the merge began.
         """
         self._stop.set()
         self._beside.result()
-        for _ in self._steps:  # here and not there, where other programs could delay it for long
-            pass
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            list(pool.map(_finish, self._left))
         for path, before in self._before.items():
             if _identity(path) != before:
                 raise STFError(f"{path} was changed during the merge; run the same command again")
         _known.update({(path, self._before[path]): digest for path, digest in self._new.items()})
         return {path: _known[path, before] for path, before in self._before.items()}
 
-    def _read(self) -> Iterator[None]:
-        """Read all files in small steps, which one thread may begin and another finish."""
-        for path, before in self._before.items():
-            if (path, before) not in _known:
-                digest = hashlib.sha256()
-                for piece in pieces(path):
-                    digest.update(piece)
-                    yield
-                self._new[path] = digest.hexdigest()
+    def _read(self, path: Path) -> Iterator[None]:
+        """Hash a file in small steps, which one thread may begin and another finish."""
+        digest = hashlib.sha256()
+        for piece in pieces(path):
+            digest.update(piece)
+            yield
+        self._new[path] = digest.hexdigest()
 
     def _read_beside(self) -> None:
-        for _ in self._steps:
-            if self._stop.is_set():
-                return
+        while self._left:
+            for _ in self._left[0]:
+                if self._stop.is_set():
+                    return
+            self._left.popleft()
+
+
+def _finish(steps: Iterator[None]) -> None:
+    for _ in steps:
+        pass
 
 
 def _give_way() -> None:
-    """Let the merge's threads go first; only on Linux has a thread a priority of its own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, get_native_id(), LEAST)
+    """Run this thread only where nothing else runs, on a system that can do that."""
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(PermissionError):  # some containers forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
