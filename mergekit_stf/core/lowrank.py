@@ -23,6 +23,10 @@ BLOCK = 2**16
 """Entries of a block of rows, 256 KB in float32: smaller than a core's share of the cache."""
 
 
+Index = tuple[slice | Tensor, ...]
+"""Of rows, or of all rows and some columns."""
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The matrix ``left @ right``.
@@ -55,6 +59,19 @@ class LowRank:
         left = self.left.double().T @ other.left.double()
         right = self.right.double() @ other.right.double().T
         return float((left * right).sum())
+
+    def part(self, index: Index) -> LowRank:
+        """Return the rows or columns at an index, still in factors."""
+        rows, columns = _rows_and_columns(index)
+        return LowRank(self.left[rows], self.right[:, columns])
+
+    def placed(self, index: Index, shape: tuple[int, int]) -> LowRank:
+        """Return a matrix of this shape that holds the product at an index, and zeros elsewhere."""
+        rows, columns = _rows_and_columns(index)
+        left = self.left.new_zeros(shape[0], self.rank)
+        right = self.right.new_zeros(self.rank, shape[1])
+        left[rows], right[:, columns] = self.left, self.right
+        return LowRank(left, right)
 
     @property
     def transposed(self) -> LowRank:
@@ -92,15 +109,24 @@ class FactoredSuperposition:
 
     Attributes:
         M: the merged matrix.
+        features: of each task, of one type; of rank 0 where a task matrix is zero.
         solution: of the system, None where every task matrix is zero.
     """
 
     M: LowRank
+    features: tuple[Features, ...]
     solution: Solution | None
+
+
+def _rows_and_columns(index: Index) -> tuple[slice | Tensor, slice | Tensor]:
+    rows, columns = (*index, slice(None))[:2]
+    return rows, columns
 
 
 def sum_of(matrices: Sequence[LowRank]) -> LowRank:
     """Return the sum of the products; its factors are theirs side by side, its rank their sum."""
+    if len(matrices) == 1:
+        return matrices[0]
     return LowRank(
         torch.cat([matrix.left for matrix in matrices], dim=1),
         torch.cat([matrix.right for matrix in matrices], dim=0),
@@ -157,10 +183,11 @@ def superpose_factors(
         name: of the weight, for warnings and errors.
     """
     with full_precision(), torch.no_grad():
-        found = [_features(matrix, rank, source_dtype, name) for matrix in matrices]
-        features = [f for f in _of_one_type(found) if f.rank]
+        found = _of_one_type([_features(M, rank, source_dtype, name) for M in matrices])
+        features = [f for f in found if f.rank]
         if not features:
-            return FactoredSuperposition(LowRank(found[0].U[:, :0], found[0].Vh[:0]), None)
+            nothing = LowRank(found[0].U[:, :0], found[0].Vh[:0])
+            return FactoredSuperposition(nothing, found, None)
         U = torch.cat([f.U for f in features], dim=1)
         Vh = torch.cat([f.Vh for f in features])
         solution = _direct(features, U, Vh) if ridge is None else None
@@ -172,7 +199,7 @@ def superpose_factors(
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return FactoredSuperposition(LowRank(U * torch.cat(solution.alpha), Vh), solution)
+        return FactoredSuperposition(LowRank(U * torch.cat(solution.alpha), Vh), found, solution)
 
 
 def _features(
@@ -223,10 +250,10 @@ def _direct(features: Sequence[Features], U: Tensor, Vh: Tensor) -> Solution | N
     )
 
 
-def _of_one_type(features: list[Features]) -> list[Features]:
+def _of_one_type(features: Sequence[Features]) -> tuple[Features, ...]:
     """Bring float64 features of factors to the type of the features of whole matrices."""
     dtype = min((f.s.dtype for f in features), key=lambda dtype: dtype.itemsize)
-    return [Features(f.U.to(dtype), f.s.to(dtype), f.Vh.to(dtype), f.route) for f in features]
+    return tuple(Features(f.U.to(dtype), f.s.to(dtype), f.Vh.to(dtype), f.route) for f in features)
 
 
 def truncated(matrix: LowRank, rank: int) -> tuple[LowRank, float]:

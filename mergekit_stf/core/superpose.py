@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import combine
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.solve import Solution, solve
+from mergekit_stf.core.threads import over_tasks
 
 SAMPLE = 2**18
 """Entries of a task matrix from which overlaps are estimated; smaller matrices are used whole."""
@@ -110,21 +111,24 @@ def _superpose(
     source_dtype: torch.dtype,
     name: str,
 ) -> Superposition:
-    features: list[Features] = []
     samples: list[Tensor] = []
-    shapes = set()
-    for M in matrices:
-        shapes.add(tuple(M.shape))
-        if len(shapes) > 1:
-            raise ValueError(f"{name or 'task matrices'}: shapes differ: {sorted(shapes)}")
-        features.append(decompose(M, rank, route, source_dtype, name))
-        samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
-        zero = torch.zeros_like(M[:1, :1]).expand(M.shape)
+    shapes: set[tuple[int, ...]] = set()
+
+    def checked() -> Iterator[Tensor]:
+        for M in matrices:
+            shapes.add(tuple(M.shape))
+            if len(shapes) > 1:
+                raise ValueError(f"{name or 'task matrices'}: shapes differ: {sorted(shapes)}")
+            samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
+            yield M
+
+    features = list(over_tasks(lambda M: decompose(M, rank, route, source_dtype, name), checked()))
     if not features:
         raise ValueError(f"{name or 'superpose'}: at least one task matrix is needed")
     present = [f for f in features if f.rank]
     if not present:
-        return Superposition(zero.clone(), _report(features, None, zero, samples))
+        zero = samples[0].new_zeros(shapes.pop())
+        return Superposition(zero, _report(features, None, zero, samples))
     solution = solve(present, ridge)
     if not solution.converged:
         warnings.warn(

@@ -11,6 +11,9 @@ RESIDUAL = {torch.float32: 2e-7, torch.float64: 1e-14}
 MAX_ITERATIONS = 400
 """Lanczos steps before the solve gives up; well-posed systems need 5 to 15."""
 
+HEAD = 0.01
+"""Above ``HEAD * s_1`` a float32 image of an exact right vector is as good as a float64 one."""
+
 NEAR = 0.1
 """Refinement treats a pair as mixed, not merely tilted, when first order would turn it further."""
 

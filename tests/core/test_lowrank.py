@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_stf import core
 from mergekit_stf.core import lowrank
 from mergekit_stf.core.lowrank import (
     LowRank,
@@ -15,6 +16,7 @@ from mergekit_stf.core.lowrank import (
     superpose_factors,
     truncated,
 )
+from mergekit_stf.core.lowrank_report import report_of
 from tests.oracle import superpose
 
 
@@ -106,6 +108,28 @@ def test_truncation_is_the_best_one_and_states_its_error() -> None:
     assert short.rank == 5
     assert dropped == pytest.approx(float(torch.linalg.norm(s[5:])))
     assert float(torch.linalg.norm(low.dense() - short.dense())) == pytest.approx(dropped)
+
+
+def test_parts_are_those_of_the_product() -> None:
+    low, lines = matrix(4), torch.tensor([0, 3, 5])
+    for index in ((lines,), (slice(None), lines)):
+        part = low.part(index)
+        assert torch.allclose(part.dense(), low.dense()[index])
+        placed = torch.zeros(40, 28, dtype=torch.float64)
+        placed[index] = low.dense()[index]
+        assert torch.allclose(part.placed(index, low.shape).dense(), placed)
+
+
+def test_report_is_that_of_the_whole_matrices() -> None:
+    matrices = [matrix(0), LowRank(torch.zeros(40, 0), torch.zeros(0, 28)), matrix(2, size=3)]
+    found = report_of(superpose_factors([low.scaled(1.0) for low in matrices]))
+    expected = core.superpose([low.dense().double() for low in matrices]).report
+    assert found.ranks == expected.ranks == (4, 0, 4)
+    for name in ("shape", "norms", "merged_norm", "sum_norm", "energy", "alpha_ratio"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
+    for name in ("overlaps", "spectra"):
+        pairs = zip(getattr(found, name), getattr(expected, name), strict=True)
+        assert all(a == pytest.approx(b, rel=1e-6, abs=1e-9) for a, b in pairs), name
 
 
 def test_norm_and_transposition_do_not_need_the_product() -> None:
