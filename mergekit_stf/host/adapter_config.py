@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import regex
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -72,6 +73,9 @@ HARMLESS = frozenset(
 
 PLAIN_STARTS = frozenset({True, False, "gaussian", "eva", "orthogonal"})
 
+PATIENCE = 1.0
+"""Seconds after which a pattern that backtracks without end is given up."""
+
 EMPTY = BeforeValidator(lambda value: {} if value is None else value)
 """PEFT allows ``null`` for no patterns."""
 
@@ -102,12 +106,20 @@ class AdapterConfig(BaseModel):
     task_type: str | None = None
 
     def rank(self, module: str) -> int:
-        """Return the rank that the configuration gives to a module."""
+        """Return the rank that the configuration gives to a module.
+
+        Raises:
+            TimeoutError: a pattern that backtracks without end.
+        """
         key = _pattern_for(module, self.rank_pattern)
         return self.r if key is None else self.rank_pattern[key]
 
     def scale(self, module: str) -> float:
-        """Return the factor of ``B A`` in a module: ``alpha / r``, rsLoRA ``alpha / sqrt(r)``."""
+        """Return the factor of ``B A`` in a module: ``alpha / r``, rsLoRA ``alpha / sqrt(r)``.
+
+        Raises:
+            TimeoutError: as `rank`.
+        """
         key = _pattern_for(module, self.alpha_pattern)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(module)
@@ -157,4 +169,9 @@ def _pattern_problem(patterns: dict[str, Any]) -> str | None:
 
 
 def _pattern_for(module: str, patterns: Iterable[str]) -> str | None:
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+    return next((pattern for pattern in patterns if _matches(module, pattern)), None)
+
+
+def _matches(module: str, pattern: str) -> bool:
+    """Say whether PEFT would find the pattern in a module's name, in bounded time."""
+    return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATIENCE) is not None

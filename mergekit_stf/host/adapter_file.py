@@ -104,8 +104,8 @@ def _factors(
         return delta
     raise STFError(
         f"{planned.name}: its update has rank {delta.rank} instead of {_rank_sum(touched)} "
-        "(density below 1, or a weight that is replaced as a whole); give a maximal rank, or "
-        "write a full model"
+        "(density below 1, a split, or a weight that is replaced as a whole); give a maximal "
+        "rank, or write a full model"
     )
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.lowrank import LowRank, sum_of, superpose_factors
-from mergekit_stf.core.trim import trim
-from mergekit_stf.host.adapter_plan import AdapterPlan, Change, TouchedWeight
+from mergekit_stf.core.lowrank import FactoredSuperposition, LowRank, sum_of, superpose_factors
+from mergekit_stf.core.lowrank_report import report_of
+from mergekit_stf.host import diagnostics
+from mergekit_stf.host.adapter_plan import AdapterPlan, TouchedWeight
+from mergekit_stf.host.adapter_tasks import AdapterTask, Delta, tasks_of
 from mergekit_stf.host.notices import NEAR_DUPLICATE
+from mergekit_stf.host.planned import PlannedWeight
+from mergekit_stf.host.split import parse as parse_split
 from mergekit_stf.host.tasks import check_finite, check_type
-
-Delta = LowRank | Tensor
 
 
 class AdapterMerger:
@@ -44,18 +47,15 @@ class AdapterMerger:
             base: reads its tensor; called only where the difference to it is needed.
 
         Raises:
-            STFError: a stack of experts, or values that are not finite.
+            STFError: a stack of experts, or a split that does not fit.
         """
         weight = self.plan.touched.get(stored)
         if weight is None or weight.planned.rule == "base":
             return None
-        planned, tasks = weight.planned, dict(_tasks(weight, base))
-        if planned.rule == "mean":
-            return _sum([*tasks.values()], 1 / len(planned.models))
-        scale = float(planned.shared["lambda"])
-        if planned.rule == "sum":
-            return _sum([*tasks.values()], scale)
-        return self._superposed(tasks, weight).scaled(scale)
+        start = time.perf_counter()
+        delta, parts = self._merged(weight, base)
+        self._record(weight.planned, parts, time.perf_counter() - start)
+        return delta
 
     def pieces(self, stored: str, base: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield a weight of the merged model, in blocks of rows, each valid until the next.
@@ -77,27 +77,76 @@ class AdapterMerger:
             return
         check_type(stored, base.dtype)
         for block in _added(delta, base):
+            # A sum is the quickest look at all entries; one that overflows is looked at again.
             if not math.isfinite(float(block.sum())):
                 check_finite(stored, [("base_model", base)])
             yield block.to(dtype)
 
-    def _superposed(self, tasks: dict[str, Delta], weight: TouchedWeight) -> LowRank:
-        planned = weight.planned
-        if len(planned.header.shape) != 2:
+    def _merged(
+        self, weight: TouchedWeight, base: Callable[[], Tensor]
+    ) -> tuple[Delta, list[FactoredSuperposition]]:
+        planned, tasks = weight.planned, tasks_of(weight, base)
+        if planned.rule == "mean":
+            return _sum([task.trimmed for task in tasks], 1 / len(planned.models)), []
+        scale = float(planned.shared["lambda"])
+        if planned.rule == "sum":
+            return _sum([task.trimmed for task in tasks], scale), []
+        parts = [*self._superposed(tasks, planned)]
+        return sum_of([M for M, _ in parts]).scaled(scale), [part for _, part in parts]
+
+    def _superposed(
+        self, tasks: Sequence[AdapterTask], planned: PlannedWeight
+    ) -> Iterator[tuple[LowRank, FactoredSuperposition]]:
+        """Yield the merged matrix, or each map of a fused projection in its place."""
+        shape = planned.header.shape
+        if len(shape) != 2:
             raise STFError(
-                f"{planned.name}: an adapter replaces a stack of shape {planned.header.shape}, and "
+                f"{planned.name}: an adapter replaces a stack of shape {shape}, and "
                 "only matrices are superposed here; set rule: sum for it, or merge full models"
             )
-        rank, ridge = planned.shared["rank"], planned.shared["ridge"]
+        split = parse_split(planned.shared["split"])
+        if split is None:
+            part = self._superpose(tasks, planned)
+            yield part.M, part
+            return
+        try:
+            places = list(split.indices(shape))
+        except ValueError as error:
+            raise STFError(f"{planned.name}: {error}") from error
+        for place in places:
+            part = self._superpose([task.part(place) for task in tasks], planned)
+            yield part.M.placed(place, shape), part
+
+    def _superpose(
+        self, tasks: Sequence[AdapterTask], planned: PlannedWeight
+    ) -> FactoredSuperposition:
+        ridge = planned.shared["ridge"]
+        deltas = [task.trimmed for task in tasks]
         found = superpose_factors(
-            [*tasks.values()],
-            rank=rank,
+            deltas,
+            rank=planned.shared["rank"],
             ridge=None if ridge == "auto" else float(ridge),
             name=planned.name,
         )
         if found.solution is not None and found.solution.cutoff:
-            self.damped[planned.name] = _near_duplicates(tasks)
-        return found.M
+            sources = [task.source for task in tasks]
+            self.damped.setdefault(planned.name, []).extend(_near_duplicates(sources, deltas))
+        return found
+
+    def _record(
+        self, planned: PlannedWeight, parts: Sequence[FactoredSuperposition], seconds: float
+    ) -> None:
+        recorder = diagnostics.active()
+        if recorder is not None:
+            recorder.record(
+                name=planned.name,
+                rule=planned.rule,
+                shape=planned.header.shape,
+                models=[adapter.source for adapter in self.plan.adapters],
+                seconds=seconds,
+                device=torch.device("cpu"),
+                reports=[report_of(part) for part in parts],
+            )
 
 
 def _added(delta: Delta, base: Tensor) -> Iterator[Tensor]:
@@ -108,36 +157,6 @@ def _added(delta: Delta, base: Tensor) -> Iterator[Tensor]:
         yield base.to(compute) + delta.to(compute)
 
 
-def _tasks(weight: TouchedWeight, base: Callable[[], Tensor]) -> Iterator[tuple[str, Delta]]:
-    """Yield the task matrices ``w (P_i - P_0)``, trimmed, of the adapters that have one."""
-    planned = weight.planned
-    settings = zip(weight.changes, planned.weight, planned.density, strict=True)
-    for change, factor, density in settings:
-        if change is None:
-            continue
-        if change.factors is not None and density == 1 and _keeps_base(change, base):
-            yield change.source, change.factors.scaled(factor)
-        else:
-            yield change.source, trim(_dense(change, base) * factor, density)
-
-
-def _keeps_base(change: Change, base: Callable[[], Tensor]) -> bool:
-    """Say whether the weight that PEFT stored beside an embedding's factors is the base's own."""
-    replaced = change.replaced
-    return replaced is None or torch.equal(replaced.double(), base().double())
-
-
-def _dense(change: Change, base: Callable[[], Tensor]) -> Tensor:
-    reference = base()
-    compute = torch.promote_types(reference.dtype, torch.float32)
-    delta = torch.zeros((), dtype=compute)
-    if change.replaced is not None:
-        delta = delta + (change.replaced.to(compute) - reference.to(compute))
-    if change.factors is not None:
-        delta = delta + change.factors.dense().to(compute)
-    return delta
-
-
 def _sum(tasks: list[Delta], scale: float) -> Delta:
     factored = [task for task in tasks if isinstance(task, LowRank)]
     if len(factored) == len(tasks):
@@ -146,18 +165,18 @@ def _sum(tasks: list[Delta], scale: float) -> Delta:
     return torch.stack([task.double() for task in whole]).sum(dim=0) * scale
 
 
-def _near_duplicates(tasks: dict[str, Delta]) -> list[tuple[str, str]]:
+def _near_duplicates(sources: Sequence[str], deltas: Sequence[Delta]) -> list[tuple[str, str]]:
     """Return the pairs of adapters whose updates point the same or the opposite way."""
-    factors = {source: _as_factors(task) for source, task in tasks.items()}
+    factors = [_as_factors(delta) for delta in deltas]
     return [
-        (a, b)
-        for a, b in combinations(factors, 2)
-        if abs(factors[a].inner(factors[b]))
-        >= NEAR_DUPLICATE * max(factors[a].norm * factors[b].norm, 1e-300)
+        (sources[i], sources[j])
+        for i, j in combinations(range(len(factors)), 2)
+        if abs(factors[i].inner(factors[j]))
+        >= NEAR_DUPLICATE * max(factors[i].norm * factors[j].norm, 1e-300)
     ]
 
 
-def _as_factors(task: Delta) -> LowRank:
-    if isinstance(task, LowRank):
-        return task
-    return LowRank(task.double(), torch.eye(task.shape[1], dtype=torch.float64))
+def _as_factors(delta: Delta) -> LowRank:
+    if isinstance(delta, LowRank):
+        return delta
+    return LowRank(delta.double(), torch.eye(delta.shape[1], dtype=torch.float64))

@@ -20,6 +20,7 @@ from mergekit_stf.core.lowrank import LowRank
 from mergekit_stf.host.adapter_config import FULL_ROUTE
 from mergekit_stf.host.adapter_recipe import adapter_paths, base_of, on_base
 from mergekit_stf.host.adapters import Adapter, Update, read_adapter
+from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.inputs import locate
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 
@@ -87,7 +88,8 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     local = on_base(config, str(locate(base_of(config).model, cache)))
     LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
     base = base_of(local)
-    planned = _stored(plan_weights(local, options), base)
+    with unguarded():
+        planned = _stored(plan_weights(local, options), base)
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
     for adapter in adapters:
         _check_names(adapter, names, base)
@@ -119,7 +121,10 @@ def _check_names(adapter: Adapter, names: dict[str, str], base: ModelReference) 
         return
     reason = "has no weight of that name (another base, tied weights, or a head of its own)"
     if unknown[0] in LoaderCache().get(base).index.tensor_paths:
-        reason = "stores it, but it is merged as a part of a stack of experts"
+        reason = (
+            "stores it, but mergekit merges it as a part of a stack of experts, or its table of "
+            "the architecture does not name it"
+        )
     raise STFError(
         f"{adapter.source} changes {', '.join(unknown[:3])}"
         f"{' and others' if len(unknown) > 3 else ''}: the base's checkpoint {reason}; {FULL_ROUTE}"

@@ -118,9 +118,14 @@ def _update(parts: dict[str, Tensor], config: AdapterConfig, module: str, where:
     if B.dim() != 2 or A.dim() != 2:
         shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
         raise STFError(f"{where}: {module}: factors {shapes}, only linear layers can be merged")
-    if not B.shape[1] == A.shape[0] == config.rank(module):
-        found = f"B {tuple(B.shape)}, A {tuple(A.shape)}"
+    try:
+        rank, scale = config.rank(module), config.scale(module)
+    except TimeoutError as error:
         raise STFError(
-            f"{where}: {module}: {found}, but {CONFIG_FILE} says rank {config.rank(module)}"
-        )
-    return Update(LowRank(B.double() * config.scale(module), A.double()), embedding)
+            f"{where}: matching {module} with a regular expression of rank_pattern or "
+            f"alpha_pattern takes too long; name the modules more plainly in {CONFIG_FILE}"
+        ) from error
+    if not B.shape[1] == A.shape[0] == rank:
+        found = f"B {tuple(B.shape)}, A {tuple(A.shape)}"
+        raise STFError(f"{where}: {module}: {found}, but {CONFIG_FILE} says rank {rank}")
+    return Update(LowRank(B.double() * scale, A.double()), embedding)

@@ -11,7 +11,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from mergekit.architecture import WeightInfo, get_architecture_info
@@ -29,6 +31,8 @@ ALLOW_LOSS = "MERGEKIT_STF_ALLOW_LOSS"
 """Environment variable: set to 1, an incomplete output is a warning and no error."""
 
 LOG = logging.getLogger(__name__)
+
+_guarding = ContextVar("guarding", default=True)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
     Raises:
         STFError: as :func:`check_coverage`.
     """
+    if not _guarding.get():
+        return
     planning = re.fullmatch(r".+\.slices\[\d+\]", group_name or "") is not None
     models = [model for model in input_ids if isinstance(model, ModelReference)]
     if not planning or not isinstance(base_id, ModelReference) or len(models) < len(input_ids):
@@ -118,6 +124,16 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
         models=[InputModelDefinition(model=model) for model in models],
     )
     check_coverage(recipe, options)
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """Let the host plan without the guard, for a merge that writes what its table does not name."""
+    token = _guarding.set(False)
+    try:
+        yield
+    finally:
+        _guarding.reset(token)
 
 
 def _read(config: MergeConfiguration, options: MergeOptions) -> list[Input]:

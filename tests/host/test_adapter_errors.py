@@ -13,6 +13,7 @@ from mergekit.common import ModelPath
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import adapter_config
 from mergekit_stf.host.adapters import read_adapter
 from tests.host import peft_adapters as made
 from tests.host.models import llama, mixtral, save_model
@@ -69,6 +70,16 @@ def refusal(adapter: Path) -> str:
 def test_settings(adapter: Path, settings: dict[str, Any], words: str) -> None:
     configure(adapter, **settings)
     assert words in refusal(adapter)
+
+
+def test_pattern_that_backtracks_without_end(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_config, "PATIENCE", 0.05)
+    for key in ("rank_pattern", "alpha_pattern"):
+        configure(adapter, rank_pattern={}, alpha_pattern={})
+        configure(adapter, **{key: {r"(.|.|.)*\d": 3}})
+        assert "takes too long" in refusal(adapter)
 
 
 def test_settings_of_other_versions_of_peft(adapter: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import coverage
 from mergekit_stf.host.adapter_file import total_error
 from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
 from mergekit_stf.host.recipe import check_recipe
@@ -387,3 +390,60 @@ def test_contradicting_adapters_are_damped_and_named(
     assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
     assert done.damped
     assert {pair for pairs in done.damped.values() for pair in pairs} == {(str(first), str(noisy))}
+
+
+@pytest.mark.parametrize(("rank", "densities"), [(1.0, [1.0, 1.0]), (1, [0.5, 1.0])])
+def test_split_projection_equals_the_full_route(
+    rank: float, densities: list[float], gpt2_base: Path, gpt2_adapters: list[Path], tmp_path: Path
+) -> None:
+    split = [{"filter": "c_attn", "value": "columns 3"}, {"filter": "c_fc", "value": "rows 10,6"}]
+    rest = {"parameters": {"split": [*split, {"value": "none"}], "rank": rank}}
+    entries = [{"parameters": {"density": density}} for density in densities]
+    content = made.recipe(gpt2_base, made.on_base(gpt2_base, gpt2_adapters), **rest)
+    content["models"] = [a | b for a, b in zip(content["models"], entries, strict=True)]
+    merged(content, tmp_path / "native")
+    expected = full_route(gpt2_base, gpt2_adapters, tmp_path / "full", models=entries, **rest)
+    assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
+    merged(content | {"parameters": {"rank": rank}}, tmp_path / "whole")
+    with pytest.raises(AssertionError, match="c_attn"):
+        assert_equal(made.tensors(tmp_path / "whole"), expected, 1e-5)
+
+
+def test_native_merge_does_not_need_the_whole_table(
+    llama_base: Path, llama_adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host would lose a weight of the base it is refused; this route writes them all."""
+    monkeypatch.setattr(coverage, "lost_weights", lambda inputs: {inputs[0].model: ["a.weight"]})
+    content = made.recipe(llama_base, made.on_base(llama_base, llama_adapters))
+    merged(content, tmp_path / "out")
+    assert set(made.tensors(tmp_path / "out")) == set(made.tensors(llama_base))
+    full = made.save_full(llama_base, llama_adapters[0], tmp_path / "full")
+    with pytest.raises(STFError, match="would be missing"):
+        run_merge(
+            MergeConfiguration.model_validate(made.recipe(llama_base, [str(full)])),
+            str(tmp_path / "host"),
+            OPTIONS,
+        )
+
+
+def test_dora_goes_the_plain_way(llama_base: Path, tmp_path: Path) -> None:
+    """PEFT merges it into a copy of the base, and the host merges the copies."""
+    adapters = [
+        made.save_adapter(
+            llama_base, tmp_path / f"d{n}", n, target_modules=["q_proj"], use_dora=True
+        )
+        for n in (1, 2)
+    ]
+    content = made.recipe(llama_base, made.on_base(llama_base, adapters))
+    with pytest.raises(STFError, match=r"DoRA.*lora-merge-cache"):
+        merged(content, tmp_path / "native")
+    update = {"lora_merge_cache": str(tmp_path / "cache"), "lora_merge_dtype": "float32"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT and transformers, called by the host
+        run_merge(
+            MergeConfiguration.model_validate(content),
+            str(tmp_path / "out"),
+            OPTIONS.model_copy(update=update),
+        )
+    expected = full_route(llama_base, adapters, tmp_path / "full")
+    assert_equal(made.tensors(tmp_path / "out"), expected, 1e-5)
