@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from mergekit_stf.host.tasks import check_finite, ordered
 EXPONENT = 3.0
 """Time grows with the cube of the side for a decomposition, until something smaller dominates."""
 
-_SMALLEST = 64
+_SMALLEST = 256
+"""Side of the first run of a kind; on smaller matrices what takes the time is something else."""
+
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -82,42 +86,67 @@ def measure_kinds(
     """Return seconds for one weight of each kind.
 
     The costliest kinds are measured first and largest; where the full size does not fit into the
-    budget, a smaller one is measured and scaled up.
+    budget, a smaller one is measured and scaled up. What is left of the budget goes into
+    repetitions, of which the median counts.
 
     Args:
-        kinds: what to measure.
+        kinds: what to measure; one that is there more than once takes no more time.
         device: where.
         budget: seconds for all kinds together, kept roughly.
     """
+    end = time.perf_counter() + budget
     order = sorted(set(kinds), key=lambda kind: -kind.operations)
     if order:
-        _run(order[0], _SMALLEST, device)  # libraries load and warm up on their first call
-    measured = {}
+        _run(order[0], _first_side(order[0]), device)  # libraries load on their first call
+    sides: dict[Kind, int] = {}
+    times: dict[Kind, list[float]] = {}
     for kind in order:
-        started = time.perf_counter()
-        measured[kind] = kind.stack * _measure(kind, device, budget / 2)
-        budget = max(0.0, budget - (time.perf_counter() - started))
-    return measured
+        left = max(0.0, end - time.perf_counter())
+        sides[kind], first = _measure(kind, device, left / 2)
+        times[kind] = [first]
+    for kind in order * (_REPEATS - 1):
+        if time.perf_counter() + times[kind][0] <= end:
+            times[kind].append(_run(kind, sides[kind], device))
+    return {
+        kind: kind.stack
+        * statistics.median(times[kind])
+        * (kind.sides[0] / sides[kind]) ** _exponent(kind)
+        for kind in order
+    }
 
 
-def _measure(kind: Kind, device: torch.device, budget: float) -> float:
-    """Double the side until it is whole or the next step would overrun the budget."""
-    side = min(_SMALLEST, kind.sides[0])
-    seconds = _run(kind, side, device)
-    spent, exponent = seconds, EXPONENT if kind.rule == "superpose" else 1.0
-    while side < kind.sides[0] and spent + seconds * 2**exponent <= budget:
-        larger = min(2 * side, kind.sides[0])
-        if spent + seconds * (kind.sides[0] / side) ** exponent <= budget:
-            larger = kind.sides[0]
-        side, seconds = larger, _run(kind, larger, device)
-        spent += seconds
-    return float(seconds * (kind.sides[0] / side) ** exponent)
+def _first_side(kind: Kind) -> int:
+    return min(_SMALLEST, kind.sides[0])
+
+
+def _exponent(kind: Kind) -> float:
+    return EXPONENT if kind.rule == "superpose" else 1.0
+
+
+def _measure(kind: Kind, device: torch.device, budget: float) -> tuple[int, float]:
+    """Double the side until it is whole or the next step would overrun the budget.
+
+    Returns:
+        The last side and its seconds; at most what the side before lets expect, so that a pause
+        of the machine does not count.
+    """
+    whole, side, exponent = kind.sides[0], _first_side(kind), _exponent(kind)
+    started = time.perf_counter()
+    seconds = min(_run(kind, side, device), _run(kind, side, device))
+    while side < whole:
+        left = budget - (time.perf_counter() - started)
+        if seconds * 2**exponent > left:
+            break
+        before = side
+        side = whole if seconds * (whole / side) ** exponent <= left else min(2 * side, whole)
+        seconds = min(_run(kind, side, device), seconds * (side / before) ** exponent)
+    return side, seconds
 
 
 def _run(kind: Kind, side: int, device: torch.device) -> float:
     """Merge one random matrix whose larger side is ``side`` and return the seconds."""
     group = _group(kind, side, device)
-    parameters = {"rank": kind.rank, "ridge": kind.ridge, "lambda": 1.0, "split": "none"}
+    parameters = {"rank": _rank(kind, side), "ridge": kind.ridge, "lambda": 1.0, "split": "none"}
     labels = [entry.id for entry in group.non_base]
     started = _now(device)
     tasks = ordered(
@@ -135,18 +164,31 @@ def _run(kind: Kind, side: int, device: torch.device) -> float:
     return _now(device) - started
 
 
+def _rank(kind: Kind, side: int) -> float:
+    """Return the rank for a matrix of that side; a number of features shrinks as the side does."""
+    return kind.rank if kind.rank <= 1 else max(2.0, round(kind.rank * side / kind.sides[0]))
+
+
 def _group(kind: Kind, side: int, device: torch.device) -> TensorGroup:
-    """Return a base and tuned matrices whose differences have a decaying spectrum."""
+    """Return a base and tuned matrices that differ as checkpoints do.
+
+    Their differences are a tenth of the base: strong features, an eighth of the rank, in noise.
+    """
     scale = side / kind.sides[0]
     columns = max(1, round(kind.sides[1] * scale)) if kind.sides[1] > 1 else 1
+    strong = max(1, columns // 8)
     generator = torch.Generator(device).manual_seed(0)
 
-    def noise() -> torch.Tensor:
-        return torch.randn(side, columns, generator=generator, device=device)
+    def noise(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator, device=device)
 
-    base = noise()
-    decay = torch.arange(1, columns + 1, device=device) ** -0.5
-    tuned = [base + 0.1 * noise() * decay for _ in kind.weights]
+    base = 0.02 * noise(side, columns)
+    tuned = [
+        base
+        + 0.002 * noise(side, columns)
+        + 0.001 * noise(side, strong) @ noise(strong, columns) / strong**0.5
+        for _ in kind.weights
+    ]
     tensors = [tensor.to(kind.dtype) for tensor in (base, *tuned)]
     return TensorGroup.from_tensors(tensors, base_index=0, name="calibration")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,15 @@ def _length(parts: Iterable[float]) -> float:
 
 
 def peak_rss() -> int | None:
-    """Return the process's memory high-water mark in bytes, None where the system has none."""
+    """Return the process's memory high-water mark in bytes, None where the system has none.
+
+    Linux counts a parent's memory in ``ru_maxrss`` of a child, but not in ``VmHWM``.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.plan import duration
-from mergekit_stf.host.calibrate import EXPONENT, Kind, kind_of, measure_kinds
+from mergekit_stf.host.calibrate import EXPONENT, Kind, _rank, kind_of, measure_kinds
 from mergekit_stf.host.options import MergeOptions
 from mergekit_stf.host.planned import plan_weights
 from mergekit_stf.host.probe import probe
@@ -200,18 +201,50 @@ def test_times_are_short(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
 
 
+def test_a_pause_of_the_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = iter([1.0, 0.001, 5.0])
+
+    def paused(kind: Kind, side: int, device: torch.device) -> float:
+        return next(runs, 0.008)
+
+    monkeypatch.setattr("mergekit_stf.host.calibrate._run", paused)
+    large = kind(sides=(512, 512))
+    assert measure_kinds([large], CPU)[large] == pytest.approx(0.008)
+
+
+def test_a_number_of_features_shrinks_with_the_side() -> None:
+    kinds = {rank: replace(kind(sides=(1024, 512)), rank=rank) for rank in (0.5, 1.0, 64.0)}
+    ranks = [[_rank(kinds[rank], side) for side in (1024, 256)] for rank in kinds]
+    assert ranks == [[0.5, 0.5], [1, 1], [64, 16]]
+
+
+def test_the_memory_of_a_parent_does_not_count() -> None:
+    code = "from mergekit_stf.host.record_numbers import peak_rss; print(peak_rss())"
+    filler = torch.ones(2**28)
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert 10**7 < peak < filler.nbytes
+
+
 @pytest.mark.slow
 def test_the_estimate_is_near_what_the_merge_takes(tmp_path: Path) -> None:
+    """Repeated, as other work on the machine can slow one of the two and not the other."""
     size = {"hidden_size": 384, "intermediate_size": 1024, "vocab_size": 2000}
     recipe = write_recipe(tmp_path / "recipe.yml", save_model(llama(**size), tmp_path / "models"))
-    plan = json.loads(_process("plan", recipe, "--json"))
-    _process("merge", recipe, tmp_path / "out", "--quiet")
-    lines = (tmp_path / "out" / "stf-diagnostics.jsonl").read_text(encoding="utf-8").splitlines()
+    ratios = [_over_actual(recipe, tmp_path / "0")]
+    while not 1 / 1.5 < ratios[-1] < 1.5 and len(ratios) < 3:
+        ratios.append(_over_actual(recipe, tmp_path / str(len(ratios))))
+    assert 1 / 1.5 < ratios[-1] < 1.5, ratios
+
+
+def _over_actual(recipe: Path, out: Path) -> float:
+    """Return the estimated time of merging over what it then takes; check the memory."""
+    plan = json.loads(_process("plan", recipe, "--json"))["estimate"]
+    _process("merge", recipe, out, "--quiet")
+    lines = (out / "stf-diagnostics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    seconds = sum(record["seconds"] for record in records)
     memory = max(record["peak_rss"] for record in records)
-    assert plan["estimate"]["merging"] == pytest.approx(seconds, rel=2)
-    assert 1 / 1.5 < plan["estimate"]["memory"] / memory < 1.5
+    assert 1 / 1.5 < plan["memory"] / memory < 1.5
+    return float(plan["merging"]) / sum(record["seconds"] for record in records)
 
 
 def _process(*arguments: object) -> str:
