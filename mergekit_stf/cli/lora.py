@@ -24,6 +24,11 @@ from mergekit_stf.host.recipe import load_recipe
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option(
+    "--lock",
+    is_flag=True,
+    help="Write a lock file for verify; all inputs and outputs are read once more.",
+)
+@click.option(
     "--out-shard-size",
     type=ShardSizeParamType(),
     default="5B",
@@ -39,6 +44,7 @@ def command(
     adapter: bool,
     max_rank: int | None,
     force: bool,
+    lock: bool,
     out_shard_size: int,
     transformers_cache: str | None,
     trust_remote_code: bool,
@@ -62,9 +68,9 @@ def command(
     for warning in recipe.warnings:
         click.echo(f"warning: {warning}", err=True)
     if adapter:
-        merge = merge_to_adapter(recipe, out_path, options, max_rank, force)
+        merge = merge_to_adapter(recipe, out_path, options, max_rank, force, lock)
     else:
-        merge = merge_to_model(recipe, out_path, options, force)
+        merge = merge_to_model(recipe, out_path, options, force, lock)
     if merge.damped:
         click.echo(f"warning: {_damped(merge)}", err=True)
     if not quiet:

@@ -110,11 +110,13 @@ class FactoredSuperposition:
     Attributes:
         M: the merged matrix.
         features: of each task, of one type; of rank 0 where a task matrix is zero.
+        gram: ``G`` of the stacked features, (r, r) in float64, where it is small.
         solution: of the system, None where every task matrix is zero.
     """
 
     M: LowRank
     features: tuple[Features, ...]
+    gram: Tensor | None
     solution: Solution | None
 
 
@@ -187,10 +189,11 @@ def superpose_factors(
         features = [f for f in found if f.rank]
         if not features:
             nothing = LowRank(found[0].U[:, :0], found[0].Vh[:0])
-            return FactoredSuperposition(nothing, found, None)
+            return FactoredSuperposition(nothing, found, None, None)
         U = torch.cat([f.U for f in features], dim=1)
         Vh = torch.cat([f.Vh for f in features])
-        solution = _direct(features, U, Vh) if ridge is None else None
+        G = gram_matrix(U, Vh) if U.shape[1] <= DIRECT else None
+        solution = _direct(features, G) if G is not None and ridge is None else None
         solution = solution or solve(features, ridge)
         if not solution.converged:
             warnings.warn(
@@ -199,7 +202,7 @@ def superpose_factors(
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return FactoredSuperposition(LowRank(U * torch.cat(solution.alpha), Vh), found, solution)
+        return FactoredSuperposition(LowRank(U * torch.cat(solution.alpha), Vh), found, G, solution)
 
 
 def _features(
@@ -210,25 +213,26 @@ def _features(
     return decompose(matrix, rank, source_dtype=source_dtype, name=name)
 
 
-def _direct(features: Sequence[Features], U: Tensor, Vh: Tensor) -> Solution | None:
+def gram_matrix(U: Tensor, Vh: Tensor) -> Tensor:
+    """Return ``G = (UᵀU) ∘ (VᵀV)`` of features, (r, r) in float64, with its exact diagonal."""
+    G = ((U.mT @ U) * (Vh @ Vh.mT)).double()
+    return G.fill_diagonal_(1)
+
+
+def _direct(features: Sequence[Features], G: Tensor) -> Solution | None:
     """Solve a small system by a Cholesky factorisation of the whole ``G``.
 
     This costs less than one step of the Lanczos process, which tells more about the system.
 
     Args:
         features: of each task.
-        U: (m, r), the output features of all tasks.
-        Vh: (r, n), their input features.
+        G: of all features, (r, r) in float64.
 
     Returns:
-        The exact solution, or None where the system is large, or so ill-posed that the exact
-        solution may not be wanted.
+        The exact solution, or None where the system is so ill-posed that the exact solution may
+        not be wanted.
     """
-    if U.shape[1] > DIRECT:
-        return None
     s = torch.cat([f.s for f in features])
-    G = ((U.mT @ U) * (Vh @ Vh.mT)).double()
-    G.diagonal().fill_(1)
     factor, failure = torch.linalg.cholesky_ex(G)
     target = s.double()
     alpha = torch.cholesky_solve(target.unsqueeze(1), factor).squeeze(1)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features import Features
-from mergekit_stf.core.lowrank import FactoredSuperposition
+from mergekit_stf.core.lowrank import FactoredSuperposition, gram_matrix
 from mergekit_stf.core.superpose import Report
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -18,7 +17,7 @@ def report_of(merged: FactoredSuperposition) -> Report:
     Nothing of the size of the matrix is formed: ``<M_i, M_j> = s_iᵀ ((U_iᵀU_j) ∘ (V_iᵀV_j)) s_j``.
     """
     features, solution = merged.features, merged.solution
-    inner = inner_products(features)
+    inner, norm = _lengths(merged)
     norms = inner.diagonal().clamp(min=0).sqrt()
     scale = torch.where(norms > 0, norms, 1.0)
     return Report(
@@ -27,7 +26,7 @@ def report_of(merged: FactoredSuperposition) -> Report:
         ranks=tuple(f.rank for f in features),
         spectra=tuple(f.spectrum for f in features),
         norms=tuple(norms.tolist()),
-        merged_norm=merged.M.norm,
+        merged_norm=norm,
         sum_norm=float(inner.sum().clamp(min=0).sqrt()),
         overlaps=tuple(map(tuple, (inner / torch.outer(scale, scale)).tolist())),
         iterations=solution.iterations if solution else 0,
@@ -41,17 +40,21 @@ def report_of(merged: FactoredSuperposition) -> Report:
     )
 
 
-def inner_products(features: tuple[Features, ...]) -> Tensor:
-    """Return ``<M_i, M_j>`` of the kept features, (T, T), in float64."""
-    U = torch.cat([f.U.double() for f in features], dim=1)
-    Vh = torch.cat([f.Vh.double() for f in features])
-    s = torch.cat([f.s.double() for f in features])
-    rows = [
-        ((f.U.double() * f.s.double()).mT @ U).mul_(f.Vh.double() @ Vh.mT).sum(dim=0) * s
-        for f in features
-    ]
-    parts = torch.split(torch.stack(rows), [f.rank for f in features], dim=1)
-    return torch.stack([part.sum(dim=1) for part in parts], dim=1)
+def _lengths(merged: FactoredSuperposition) -> tuple[Tensor, float]:
+    """Return ``<M_i, M_j>`` of the kept features, (T, T) in float64, and ``|M|``."""
+    features, solution = merged.features, merged.solution
+    if solution is None:
+        return torch.zeros(len(features), len(features), dtype=torch.float64), 0.0
+    G = merged.gram
+    if G is None:
+        U = torch.cat([f.U for f in features], dim=1)
+        G = gram_matrix(U, torch.cat([f.Vh for f in features]))
+    ranks = torch.tensor([f.rank for f in features])
+    s = torch.cat([f.s for f in features]).double()
+    tasks = torch.arange(len(features))
+    S = s * (tasks.unsqueeze(1) == tasks.repeat_interleave(ranks))
+    alpha = torch.cat(solution.alpha).double()
+    return S @ G @ S.mT, float((alpha @ G @ alpha).clamp(min=0).sqrt())
 
 
 def _alpha_ratio(merged: FactoredSuperposition) -> tuple[float, ...]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.options import MergeOptions
 
+from mergekit_stf.host import diagnostics
 from mergekit_stf.host.adapter_file import Module, write_adapter
 from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_model import write_model
 from mergekit_stf.host.adapter_plan import plan_adapters
+from mergekit_stf.host.card import card
+from mergekit_stf.host.digests import Digests
+from mergekit_stf.host.files import write_text
 from mergekit_stf.host.finished import HOST_RECIPE
+from mergekit_stf.host.inputs import input_models
+from mergekit_stf.host.lock import make_lock, write_lock
 from mergekit_stf.host.recipe import Recipe
 from mergekit_stf.host.workspace import Workspace
 
@@ -35,7 +42,7 @@ class AdapterMerge:
 
 
 def merge_to_model(
-    recipe: Recipe, out: Path, options: MergeOptions, force: bool = False
+    recipe: Recipe, out: Path, options: MergeOptions, force: bool = False, locked: bool = False
 ) -> AdapterMerge:
     """Merge the adapters of a recipe into their base, and write a full model.
 
@@ -44,16 +51,18 @@ def merge_to_model(
         out: the output directory; it appears when it is complete.
         options: the host's.
         force: replace an output that is there.
+        locked: write a lock file, which takes reading all inputs and outputs once more.
 
     Raises:
         STFError: the recipe, an adapter or ``out`` is not what it must be.
     """
+
+    def write(merger: AdapterMerger, folder: Path) -> list[Module]:
+        write_model(merger, recipe.config, options, folder)
+        return []
+
     with Workspace(out, force) as work:
-        merger = AdapterMerger(plan_adapters(recipe.config, options))
-        write_model(merger, recipe.config, options, work.output)
-        _write_recipe(recipe, work.output)
-        work.publish()
-    return _outcome(merger, [])
+        return _merge(recipe, options, work, write, ("lora",), locked)
 
 
 def merge_to_adapter(
@@ -62,6 +71,7 @@ def merge_to_adapter(
     options: MergeOptions,
     max_rank: int | None = None,
     force: bool = False,
+    locked: bool = False,
 ) -> AdapterMerge:
     """Merge the adapters of a recipe into one adapter.
 
@@ -73,22 +83,41 @@ def merge_to_adapter(
         options: the host's.
         max_rank: truncate to this rank; without it the rank is the sum of the adapters' ranks.
         force: replace an output that is there.
+        locked: write a lock file.
 
     Raises:
         STFError: as `merge_to_model`, or a weight that no adapter of that rank can hold.
     """
+
+    def write(merger: AdapterMerger, folder: Path) -> list[Module]:
+        return write_adapter(merger, recipe.config, folder, max_rank)
+
+    shortened = () if max_rank is None else ("--max-rank", str(max_rank))
     with Workspace(out, force) as work:
+        return _merge(recipe, options, work, write, ("lora", "--adapter", *shortened), locked)
+
+
+def _merge(
+    recipe: Recipe,
+    options: MergeOptions,
+    work: Workspace,
+    write: Callable[[AdapterMerger, Path], list[Module]],
+    command: tuple[str, ...],
+    locked: bool,
+) -> AdapterMerge:
+    """Merge, and describe the merge in the files that ``mergekit-stf merge`` writes too."""
+    folder = work.output
+    inputs = input_models(recipe.config, options) if locked else []
+    with diagnostics.recording(folder / diagnostics.FILE_NAME), Digests(inputs) as digests:
         merger = AdapterMerger(plan_adapters(recipe.config, options))
-        modules = write_adapter(merger, recipe.config, work.output, max_rank)
-        _write_recipe(recipe, work.output)
-        work.publish()
-    return _outcome(merger, modules)
-
-
-def _outcome(merger: AdapterMerger, modules: list[Module]) -> AdapterMerge:
+        modules = write(merger, folder)
+        library = "peft" if modules else "transformers"
+        written = card(recipe.config, recipe.text, folder.name, library, locked)
+        write_text(folder / "README.md", written)
+        write_text(folder / HOST_RECIPE, recipe.text)
+        if locked:
+            found = digests.result()
+            write_lock(make_lock(recipe.text, options, inputs, found, folder, command), folder)
+    work.publish()
     plan = merger.plan
     return AdapterMerge(len(plan.adapters), len(plan.touched), tuple(modules), merger.damped)
-
-
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    (folder / HOST_RECIPE).write_text(recipe.text, encoding="utf-8")

@@ -15,7 +15,7 @@ TEMPLATE = """---
 # {name}
 
 A merge of pretrained models, made with [mergekit](https://github.com/arcee-ai/mergekit) and the
-merge method {method}. `stf.lock.json` lists every input and output file with its SHA-256.
+merge method {method}.{lock}
 
 ## Models
 {base}{models}
@@ -28,20 +28,32 @@ merge method {method}. `stf.lock.json` lists every input and output file with it
 """
 
 
-def card(config: MergeConfiguration, text: str, name: str) -> str:
+LOCKED = " `stf.lock.json` lists every input and output file with its SHA-256."
+
+
+def card(
+    config: MergeConfiguration,
+    text: str,
+    name: str,
+    library: str = "transformers",
+    locked: bool = True,
+) -> str:
     """Return the card of a merge as Markdown; what comes from the recipe is escaped.
 
     Args:
         config: the recipe.
         text: the recipe as written.
         name: the name of the merged model.
+        library: that loads it.
+        locked: whether a lock file lies beside it.
     """
     models = [model for model in config.referenced_models() if model != config.base_model]
     base = f"\n- base: {_code(config.base_model)}" if config.base_model else ""
     return TEMPLATE.format(
-        metadata=yaml.safe_dump(_metadata(config), sort_keys=True, allow_unicode=True),
+        metadata=yaml.safe_dump(_metadata(config, library), sort_keys=True, allow_unicode=True),
         name=html.escape(name).replace("\n", " "),
         method=method_md(config.merge_method),
+        lock=LOCKED if locked else "",
         base=base,
         models="".join(f"\n- {_code(model)}" for model in sorted(models, key=str)),
         fence=_fence(text),
@@ -49,12 +61,12 @@ def card(config: MergeConfiguration, text: str, name: str) -> str:
     )
 
 
-def _metadata(config: MergeConfiguration) -> dict[str, object]:
+def _metadata(config: MergeConfiguration, library: str) -> dict[str, object]:
     parts = [part for model in config.referenced_models() for part in (model.model, model.lora)]
     hub = {part.path for part in parts if part is not None and not os.path.exists(part.path)}
     return {
         "base_model": sorted(hub),
-        "library_name": "transformers",
+        "library_name": library,
         "tags": ["merge", "mergekit"],
     }
 

@@ -63,6 +63,7 @@ class Lock(_Model):
     """Everything that decides the bytes of a merge, and the bytes themselves as digests.
 
     Attributes:
+        command: the subcommand of ``mergekit-stf`` and the options that only it has.
         options: the host's options that can change the output.
         versions: our version and those of the libraries that compute or write.
         device: the name of the accelerator, or ``cpu``.
@@ -71,6 +72,7 @@ class Lock(_Model):
     """
 
     format: Literal[1] = 1
+    command: tuple[str, ...] = ("merge",)
     recipe: str
     recipe_sha256: str
     options: dict[str, Any]
@@ -88,6 +90,7 @@ def make_lock(
     models: list[InputModel],
     digests: dict[Path, str],
     folder: Path,
+    command: tuple[str, ...] = ("merge",),
 ) -> Lock:
     """Return the lock of a finished merge.
 
@@ -97,8 +100,10 @@ def make_lock(
         models: the inputs.
         digests: SHA-256 of each input file.
         folder: the folder of the output.
+        command: the subcommand that merged, and the options that only it has.
     """
     return Lock(
+        command=command,
         recipe=recipe,
         recipe_sha256=text_digest(recipe),
         options=options.model_dump(mode="json", exclude=NOT_RECORDED),

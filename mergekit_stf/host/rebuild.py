@@ -10,7 +10,8 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.lock import FILE_NAME, Lock, device_name, machine
+from mergekit_stf.host.adapter_run import merge_to_adapter, merge_to_model
+from mergekit_stf.host.lock import FILE_NAME, Lock, device_name, machine, read_lock
 from mergekit_stf.host.merging import merge
 from mergekit_stf.host.recipe import check_recipe
 
@@ -37,9 +38,25 @@ def rebuild(lock: Lock, out: Path, cache: str | None = None) -> Lock:
     threads = torch.get_num_threads()
     torch.set_num_threads(lock.threads)
     try:
-        return merge(check_recipe(lock.recipe, FILE_NAME), out, options).lock
+        return _again(lock, out, options)
     finally:
         torch.set_num_threads(threads)
+
+
+def _again(lock: Lock, out: Path, options: MergeOptions) -> Lock:
+    recipe = check_recipe(lock.recipe, FILE_NAME)
+    match lock.command:
+        case ("merge",):
+            return merge(recipe, out, options).lock
+        case ("lora",):
+            merge_to_model(recipe, out, options, locked=True)
+        case ("lora", "--adapter"):
+            merge_to_adapter(recipe, out, options, locked=True)
+        case ("lora", "--adapter", "--max-rank", rank) if rank.isdecimal():
+            merge_to_adapter(recipe, out, options, int(rank), locked=True)
+        case _:
+            raise STFError(f"{FILE_NAME}: its command is damaged; merge again")
+    return read_lock(out)
 
 
 def _options(lock: Lock, cache: str | None) -> MergeOptions:

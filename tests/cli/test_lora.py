@@ -14,6 +14,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.main import main
+from mergekit_stf.host import diagnostics
 from tests.host import peft_adapters as made
 from tests.host.models import gpt2, llama, save_model
 
@@ -63,11 +64,12 @@ def test_adapter_is_reproducible(config: Path, tmp_path: Path) -> None:
         result = run(config, tmp_path / name, "--adapter")
         assert result.exit_code == 0, result.output
         assert "adapter of rank 6, 2 adapters merged" in result.output
+    described = {"README.md", "mergekit_config.yml", "stf-diagnostics.jsonl"}
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["adapter_config.json", "adapter_model.safetensors", "mergekit_config.yml"]
-    for name in files:
+    assert {*files} == {"adapter_config.json", "adapter_model.safetensors", *described}
+    for name in {*files} - described:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    targets = json.loads((tmp_path / "one" / files[0]).read_text())["target_modules"]
+    targets = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets)  # PEFT holds a set, whose order differs between processes
 
 
@@ -110,3 +112,38 @@ def test_damped_weights_are_said_aloud(config: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "weights were ill-posed and damped" in result.output
     assert f"adapter1 and {noisy} ask for contradicting" in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--adapter"], ["--adapter", "--max-rank", "2"]])
+def test_lock_is_verified_and_rebuilt(options: list[str], config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(config, out, "--lock", *options)
+    assert result.exit_code == 0, result.output
+    found = CliRunner().invoke(main, ["verify", str(out), "--rebuild"])
+    assert found.exit_code == 0, found.output
+    assert "merged again to the same bytes" in found.output
+    weights = next(out.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    found = CliRunner().invoke(main, ["verify", str(out)])
+    assert found.exit_code == 3
+    assert f"output {weights.name}: other bytes" in found.output
+
+
+def test_output_describes_itself(config: Path, tmp_path: Path) -> None:
+    for name, library, options in (("m", "transformers", []), ("a", "peft", ["--adapter"])):
+        assert run(config, tmp_path / name, "--quiet", *options).exit_code == 0
+        text = (tmp_path / name / "README.md").read_text()
+        assert f"library_name: {library}" in text
+        assert "stf.lock.json" not in text
+        records = diagnostics.read(tmp_path / name / "stf-diagnostics.jsonl")
+        assert records
+        for record in records:
+            assert len(record.models) == len(record.norms) == len(record.kept) == 2
+            assert record.converged
+
+
+def test_report_shows_the_merge(config: Path, tmp_path: Path) -> None:
+    assert run(config, tmp_path / "out", "--quiet").exit_code == 0
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "out"), "--sample", "0"])
+    assert result.exit_code == 0, result.output
+    assert "adapter1" in (tmp_path / "out" / "stf-report.html").read_text()
