@@ -85,6 +85,7 @@ def main() -> None:
     options = parser(__doc__)
     for name, default in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
         options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--density", type=float, default=0.2)
     given = options.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     ratios: dict[str, list[float]] = {
@@ -97,10 +98,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root, given)
-        path, out, points = recipe(root, "stf", 1.0), root / "out", root / "points"
+        path, out, points = recipe(root, "stf", given.density), root / "out", root / "points"
         for _ in range(given.runs):
             estimate = planned(path, out)
-            merge, peak = peak_of([COMMAND, "merge", str(path), str(out), "--quiet"])
+            merge, _ = peak_of([COMMAND, "merge", str(path), str(out), "--quiet"])
+            peak = max(record["peak_rss"] for record in records(out))
             arguments = ["sweep", str(path), str(points), "--lambda", POINTS, "--quiet"]
             sweep, _ = peak_of([COMMAND, *arguments])
             one, count = writing(out), len(records(out))

@@ -7,42 +7,23 @@ from pathlib import Path
 import click
 
 from mergekit_stf.cli.errors import Terminated
+from mergekit_stf.cli.store_options import add_store_options
 from mergekit_stf.host.lock import FILE_NAME
 from mergekit_stf.host.merging import StoreOptions, merge
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe import load_recipe
-from mergekit_stf.host.store import DEFAULT_SIZE
 from mergekit_stf.host.workspace import Workspace
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def size(context: click.Context, parameter: click.Parameter, value: str) -> int:
-    """Return the bytes of a number with K, M, G or T behind it, for powers of 1000."""
-    text = value.upper().removesuffix("B")
-    number = text.rstrip("KMGT")
-    unit = UNITS.get(text[len(number) :])
-    if unit is None or not (number.isascii() and number.isdecimal()):
-        raise click.BadParameter(f"{value!r} is no size; write for example 500M or 20G")
-    return int(number) * unit
 
 
 @click.command("merge", cls=PrettyPrintHelp)
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
 @click.argument("out_path", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--keep-store", is_flag=True, help="Keep merged matrices for another lambda.")
+@add_store_options
 @click.option(
     "--store",
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep merged matrices in this folder, for several merges.  [default: beside OUT]",
-)
-@click.option(
-    "--store-size",
-    callback=size,
-    default=f"{DEFAULT_SIZE // 10**9}G",
-    show_default=True,
-    help="Most bytes that the store may take.",
 )
 @add_merge_options  # type: ignore[untyped-decorator]
 def command(

@@ -13,14 +13,13 @@ import click
 from mergekit_stf.cli._sweep.evaluate import Evaluation, evaluate
 from mergekit_stf.cli._sweep.table import Row, lines, write_best, write_table
 from mergekit_stf.cli.errors import Terminated
-from mergekit_stf.cli.merge import size
+from mergekit_stf.cli.store_options import add_store_options
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.grid import Point, parse_values, points, replaced
 from mergekit_stf.host.lock import FILE_NAME, read_lock
 from mergekit_stf.host.merging import StoreOptions, merge
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe import load_recipe
-from mergekit_stf.host.store import DEFAULT_SIZE
 
 
 def values_of(
@@ -58,14 +57,7 @@ def values_of(
     "end with a number.",
 )
 @click.option("--lower-is-better", is_flag=True, help="The number is a loss.  [default: a score]")
-@click.option("--keep-store", is_flag=True, help="Keep merged matrices for a later sweep.")
-@click.option(
-    "--store-size",
-    callback=size,
-    default=f"{DEFAULT_SIZE // 10**9}G",
-    show_default=True,
-    help="Most bytes that the store may take.",
-)
+@add_store_options
 @add_merge_options  # type: ignore[untyped-decorator]
 def command(
     merge_options: MergeOptions,

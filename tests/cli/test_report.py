@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli._report.facts import build, place, without_common_start
 from mergekit_stf.cli._report.page import render, significant
@@ -19,7 +19,7 @@ from mergekit_stf.host.diagnostics import Record
 from mergekit_stf.host.finished import Finished
 from mergekit_stf.host.options import MergeOptions
 from mergekit_stf.host.planned import plan_weights
-from mergekit_stf.host.preservation import METHODS, Preservation, measure
+from mergekit_stf.host.preservation import METHODS, RIVALS, Preservation, measure
 from mergekit_stf.host.recipe import load_recipe
 from tests.cli.browser import ask
 from tests.cli.merges import run, tiny_models, write_recipe
@@ -104,6 +104,29 @@ def test_errors_match_an_independent_computation(merged: Path, measured: Preserv
     written = load_file(merged / "model.safetensors")[WEIGHT].double()
     expected = independent_error(merged, (written - base) / 0.5, WEIGHT)
     assert measured.error["stored"] == pytest.approx(expected, rel=0.2)
+
+
+def test_of_bfloat16_checkpoints_only_storing_rounds(tmp_path: Path) -> None:
+    models = tiny_models(tmp_path / "models")
+    for folder in (models.base, *models.tuned):
+        path = folder / "model.safetensors"
+        half = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+        save_file(half, path, {"format": "pt"})
+    recipe = write_recipe(tmp_path / "recipe.yml", models, **{"lambda": 0.5})
+    assert run("merge", recipe, tmp_path / "out", "--quiet").exit_code == 0
+    finished = Finished(tmp_path / "out")
+    weight = next(w for w in finished.weights() if w.name == WEIGHT)
+    assert weight.out_dtype == torch.bfloat16
+    found = measure(weight, finished.weight(WEIGHT))
+    assert found.error["stf"] < 1e-5 * found.mean_square
+    for rival in RIVALS:
+        assert found.error[rival] > 1e-2 * found.mean_square
+    base = load_file(models.base / "model.safetensors")[WEIGHT].double()
+    stored = (load_file(tmp_path / "out" / "model.safetensors")[WEIGHT].double() - base) / 0.5
+    expected = independent_error(tmp_path / "out", stored, WEIGHT)
+    assert found.error["stored"] == pytest.approx(expected, rel=1e-3)
+    rounding = torch.finfo(torch.bfloat16).eps * float(torch.linalg.norm(base)) / 0.5
+    assert found.error["stored"] < rounding * found.mean_square**0.5
 
 
 @pytest.mark.parametrize(

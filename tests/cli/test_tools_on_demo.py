@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +44,14 @@ def test_plan_merge_report_sweep_and_verify(tmp_path: Path) -> None:
     assert report.exit_code == 0, report.output
     assert (out / "stf-report.html").stat().st_size > 100_000
     assert run("verify", out).exit_code == 0
+    again = subprocess.run(
+        [sys.executable, "-c", START, "verify", str(out), "--rebuild"],
+        env=os.environ | {"PYTHONHASHSEED": "4711"},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.endswith("files verified, and merged again to the same bytes\n")
 
     score = f"{sys.executable} -c '{START}' demo --measure {{out}}"
     sweep = run(
