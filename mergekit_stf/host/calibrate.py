@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_stf.host.method import merge, superposed
+from mergekit_stf.host.method import added, check_values, superposed
 from mergekit_stf.host.planned import PlannedWeight
-from mergekit_stf.host.tasks import check_finite, ordered
+from mergekit_stf.host.tasks import ordered
 
 EXPONENT = 3.0
 """Time grows with the cube of the side for a decomposition, until something smaller dominates."""
@@ -146,7 +146,7 @@ def _measure(kind: Kind, device: torch.device, budget: float) -> tuple[int, floa
 def _run(kind: Kind, side: int, device: torch.device) -> float:
     """Merge one random matrix whose larger side is ``side`` and return the seconds."""
     group = _group(kind, side, device)
-    parameters = {"rank": _rank(kind, side), "ridge": kind.ridge, "lambda": 1.0, "split": "none"}
+    parameters = {"rank": _rank(kind, side), "ridge": kind.ridge, "split": "none"}
     labels = [entry.id for entry in group.non_base]
     started = _now(device)
     tasks = ordered(
@@ -154,13 +154,13 @@ def _run(kind: Kind, side: int, device: torch.device) -> float:
         dict(zip(labels, kind.weights, strict=True)),
         dict(zip(labels, kind.densities, strict=True)),
     )
-    base = group.base.tensor
-    check_finite("calibration", [("base", base), *((task.label, task.tuned) for task in tasks)])
+    base, compute = group.base.tensor, torch.promote_types(kind.dtype, torch.float32)
+    check_values("calibration", base, tasks)
     if kind.rule == "superpose":
-        compute = torch.promote_types(kind.dtype, torch.float32)
-        superposed("calibration", base, tasks, compute, parameters)
+        M, _ = superposed("calibration", base, tasks, compute, parameters)
     else:
-        merge("calibration", base, tasks, kind.rule, parameters)
+        M = added(base, tasks, compute)
+    torch.add(base.to(compute), M)
     return _now(device) - started
 
 

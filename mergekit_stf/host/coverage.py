@@ -128,7 +128,10 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
 
 @contextmanager
 def unguarded() -> Iterator[None]:
-    """Let the host plan without the guard, for a merge that writes what its table does not name."""
+    """Let the host plan without the guard.
+
+    For a merge that writes what the host's table does not name, or whose coverage is checked.
+    """
     token = _guarding.set(False)
     try:
         yield

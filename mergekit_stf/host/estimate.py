@@ -68,7 +68,7 @@ def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Pa
     seconds = measure_kinds(list(kinds.values()), device)
     by_weight = {name: seconds[kind] for name, kind in kinds.items()}
     output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
-    store = sum(_matrix_bytes(weight) for weight in weights if weight.rule == "superpose")
+    store = sum(weight.stored_bytes for weight in weights)
     mapped = _input_bytes(weights)
     files = _file_seconds(mapped, store + output, folder)
     merging = sum(by_weight.values())

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.card import card
+from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.digests import Digests
 from mergekit_stf.host.files import write_text
 from mergekit_stf.host.inputs import InputModel, input_models
@@ -93,7 +94,9 @@ def merge(
         records = work.output / diagnostics.FILE_NAME
         with using(store), diagnostics.recording(records), Digests(models) as digests:
             _run(config, recipe.text, work.output, _host_options(config, models, options))
-            lock = make_lock(recipe.text, options, models, digests.result(), work.output)
+            found = digests.result()
+            with work.settling():
+                lock = make_lock(recipe.text, options, models, found, work.output)
         write_lock(lock, work.output)
         work.publish()
         summary = store.summary()
@@ -104,7 +107,8 @@ def merge(
 
 def _run(config: MergeConfiguration, text: str, output: Path, options: MergeOptions) -> None:
     written = card(config, text, output.name)
-    run_merge(config.model_copy(deep=True), str(output), options, text)
+    with unguarded():  # the preflight has checked it
+        run_merge(config.model_copy(deep=True), str(output), options, text)
     write_text(output / "mergekit_config.yml", text)
     write_text(output / "README.md", written)
 

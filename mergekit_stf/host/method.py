@@ -7,7 +7,8 @@ Algorithm 2 to what is no linear map, adds ``lambda M`` to the base and rounds o
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,9 +122,8 @@ def merge_weight(
     unchanged = all(same_bits(task.tuned, base) for task in tasks)
     if not unchanged:
         check_type(name, base.dtype)
-    if base.dtype.itemsize > 1:
-        check_finite(name, [("base_model", base), *((t.label, t.tuned) for t in tasks)])
     if unchanged or parameters["rule"] == "base":
+        check_values(name, base, tasks)
         return base.to(out_dtype)
     rule = parameters["rule"]
     if rule == "auto":
@@ -151,14 +151,24 @@ def merge(
     """Return the merged weight, not yet rounded, and the reports of its superpositions."""
     compute = torch.promote_types(base.dtype, torch.float32)
     reports: list[Report] = []
+    scale = 1 / len(tasks) if rule == "mean" else parameters["lambda"]
     if rule == "superpose":
         M, reports = merged_matrix(name, base, tasks, compute, parameters)
-        scale = parameters["lambda"]
-    elif rule == "mean":
-        M, scale = added(base, tasks, compute), 1 / len(tasks)
     else:
-        M, scale = added(base, tasks, compute), parameters["lambda"]
+        M = merged_sum(name, base, tasks, rule, compute)
     return torch.add(base.to(compute), M, alpha=scale), reports
+
+
+def merged_sum(
+    name: str, base: Tensor, tasks: Sequence[Task], rule: str, compute: torch.dtype
+) -> Tensor:
+    """Return ``Σ w_i τ_i``, from the store if one is active and trimming takes longer."""
+    worth = store.is_worth(rule, base.ndim, [task.density for task in tasks])
+    shelf = store.active() if worth else None
+    total, _ = shelved(
+        shelf, name, base, tasks, {"rule": "sum"}, lambda: (added(base, tasks, compute), [])
+    )
+    return total
 
 
 def added(base: Tensor, tasks: Sequence[Task], compute: torch.dtype) -> Tensor:
@@ -182,23 +192,53 @@ def merged_matrix(
             f"{name}: only matrices and stacks of matrices can be superposed, got shape "
             f"{tuple(base.shape)}; set `rule: sum` for this weight"
         )
-    shelf = store.active()
-    if shelf is None:
-        return superposed(name, base, tasks, compute, parameters)
     options = {
         "rank": parameters["rank"],
         "ridge": parameters["ridge"],
+        "split": str(parameters["split"]),
+    }
+    make = partial(superposed, name, base, tasks, compute, parameters)
+    return shelved(store.active(), name, base, tasks, options, make)
+
+
+def shelved(
+    shelf: store.Store | None,
+    name: str,
+    base: Tensor,
+    tasks: Sequence[Task],
+    options: Mapping[str, object],
+    make: Callable[[], tuple[Tensor, list[Report]]],
+) -> tuple[Tensor, list[Report]]:
+    """Return what ``make`` makes of checked inputs, from the store if it is there.
+
+    The values of inputs whose answer is in the store were checked before it was made.
+    """
+    if shelf is None:
+        check_values(name, base, tasks)
+        return make()
+    options = {
+        **options,
         "weights": [task.weight for task in tasks],
         "densities": [task.density for task in tasks],
-        "split": str(parameters["split"]),
     }
     key = shelf.key([base, *(task.tuned for task in tasks)], options)
     kept = shelf.get(key)
     if kept is not None:
         return kept.to(base.device), REPORTS.validate_json(shelf.note(key))
-    M, reports = superposed(name, base, tasks, compute, parameters)
+    check_values(name, base, tasks)
+    M, reports = make()
     shelf.put(key, M, REPORTS.dump_json(reports).decode())
     return M, reports
+
+
+def check_values(name: str, base: Tensor, tasks: Sequence[Task]) -> None:
+    """Refuse inputs with NaN or infinity; types of one byte are not checked.
+
+    Raises:
+        STFError: with the model and the weight.
+    """
+    if base.dtype.itemsize > 1:
+        check_finite(name, [("base_model", base), *((t.label, t.tuned) for t in tasks)])
 
 
 def superposed(

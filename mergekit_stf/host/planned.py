@@ -22,6 +22,7 @@ from mergekit.plan import MergePlanner
 from mergekit_stf.host.headers import Header, header_of
 from mergekit_stf.host.rules import Rule, rule_for
 from mergekit_stf.host.split import parse as parse_split
+from mergekit_stf.host.store import is_worth
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class PlannedWeight:
     def numel(self) -> int:
         """Entries of one tensor."""
         return torch.Size(self.header.shape).numel()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of this weight in the store, 0 if it is not stored."""
+        worth = is_worth(self.rule, len(self.header.shape), self.density)
+        return self.numel * max(self.dtype.itemsize, torch.float32.itemsize) if worth else 0
 
     def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Take a tensor of this weight apart into the matrices that are superposed one by one.

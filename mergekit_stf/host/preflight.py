@@ -13,7 +13,7 @@ from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.coverage import check_coverage
+from mergekit_stf.host.coverage import check_coverage, unguarded
 from mergekit_stf.host.headers import header_of
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.recipe_parameters import filters
@@ -44,7 +44,8 @@ def preflight(
     check_coverage(config, options)
     if config.merge_method != "stf":
         return []
-    weights = plan_weights(config, options)
+    with unguarded():
+        weights = plan_weights(config, options)
     realigned = bool(
         config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
     )
@@ -83,7 +84,7 @@ def _shape(load: LoadTensor) -> tuple[int, ...] | None:
 
 def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store) -> None:
     output = sum(weight.numel * weight.out_dtype.itemsize + BLOCK for weight in weights)
-    matrices = [_matrix_bytes(weight) for weight in weights if weight.rule == "superpose"]
+    matrices = [weight.stored_bytes for weight in weights if weight.stored_bytes]
     stored = min(sum(matrices) + BLOCK * len(matrices), store.size) - store.taken()
     disks = {folder.stat().st_dev: (folder, output)}
     disk = store.folder.stat().st_dev

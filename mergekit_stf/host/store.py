@@ -1,9 +1,9 @@
 """Merged task matrices kept on disk while a merge runs, so that a killed merge resumes.
 
-The matrix M of a weight does not depend on λ, so one store also serves a sweep over λ. An entry
-is one safetensors file, named by a digest of everything that M depends on: the bytes of every
-input tensor, the options, and the versions and the machine's traits that could change a bit of
-it. A changed input gives another name, never a wrong hit.
+The matrix M of a weight, and the trimmed sum of an embedding, do not depend on λ, so one store
+also serves a sweep over λ. An entry is one safetensors file, named by a digest of everything that
+it depends on: the bytes of every input tensor, the options, and the versions and the machine's
+traits that could change a bit of it. A changed input gives another name, never a wrong hit.
 """
 
 from __future__ import annotations
@@ -224,6 +224,18 @@ class Store:
             f"cannot write to the store {self.folder}: {reason}; "
             "free some space and run the same command again, it resumes from here"
         )
+
+
+def is_worth(rule: str, dimensions: int, densities: Sequence[float]) -> bool:
+    """Say whether a weight is stored: where it takes longer to compute than to read.
+
+    Args:
+        rule: that merges the weight.
+        dimensions: of its shape.
+        densities: the fraction that trimming keeps, for each task.
+    """
+    trimmed = dimensions > 1 and min(densities) < 1
+    return rule == "superpose" or (rule != "base" and trimmed)
 
 
 # A module's state, not a ContextVar: the host merges on several cards from threads that it

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -62,10 +65,17 @@ class Workspace:
             raise STFError(f"cannot write to {self.folder}: {error.strerror}") from error
         return self
 
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Bring what is written of the output to the disk while the block does something else."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            settled = pool.submit(self._settle)
+            yield
+            settled.result()
+
     def publish(self) -> None:
         """Put the finished output into place, its bytes safely on the disk before its name."""
-        for path in self.output.rglob("*"):
-            sync(path)
+        self._settle()
         if self.out.exists():
             shutil.rmtree(self._old, ignore_errors=True)
             self.out.rename(self._old)
@@ -84,6 +94,10 @@ class Workspace:
         self._lock.release()
         if not self._has_store():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _settle(self) -> None:
+        for path in self.output.rglob("*"):
+            sync(path)
 
     def _remove_unfinished(self) -> None:
         for folder in (self.output.parent, self.adapters):
