@@ -2,7 +2,7 @@
 
 On the 119-million-parameter Llama of ``whole_merge.py``, each command in a process of its own, in
 turn: ``plan`` against what ``merge`` then takes; ``sweep`` over nine values of lambda against one
-``merge`` and nine times the writing; the recording of diagnostics against the merge's own time.
+``merge`` and the writing of nine outputs; recording diagnostics against the merge's own time.
 
     python benchmarks/tools.py --json benchmarks/results/tools.json
 """
@@ -44,18 +44,20 @@ def records(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def writing(out: Path) -> float:
-    """Return the seconds that writing one output to the disk takes."""
+def writing(out: Path, count: int) -> float:
+    """Return the seconds that writing so many outputs to the disk takes, each into a new file."""
     tensors = load_file(out / "model.safetensors")
-    copy = out.parent / "written.safetensors"
+    copies = [out.parent / f"written{number}.safetensors" for number in range(count)]
 
     def work() -> None:
-        save_file(tensors, copy)
-        with copy.open("rb") as file:
-            os.fsync(file.fileno())
+        for copy in copies:
+            save_file(tensors, copy)
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
 
     found = seconds(work)
-    copy.unlink()
+    for copy in copies:
+        copy.unlink()
     return found
 
 
@@ -94,7 +96,7 @@ def main() -> None:
         "sweep, less the writing, over one merge": [],
         "diagnostics over the merge": [],
     }
-    times: dict[str, list[float]] = {"merge": [], "sweep of 9": [], "one writing": []}
+    times: dict[str, list[float]] = {"merge": [], "sweep of 9": [], "writing of 9": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root, given)
@@ -105,7 +107,7 @@ def main() -> None:
             peak = max(record["peak_rss"] for record in records(out))
             arguments = ["sweep", str(path), str(points), "--lambda", POINTS, "--quiet"]
             sweep, _ = peak_of([COMMAND, *arguments])
-            one, count = writing(out), len(records(out))
+            nine, count = writing(out, 9), len(records(out))
             same = (points / "lambda-0.8" / "model.safetensors").read_bytes()
             assert same == (out / "model.safetensors").read_bytes()
             for name, value in zip(
@@ -113,13 +115,13 @@ def main() -> None:
                 (
                     estimate["seconds"] / merge,
                     estimate["memory"] / peak,
-                    (sweep - 9 * one) / merge,
+                    (sweep - nine) / merge,
                     recording(root) * count / merge,
                 ),
                 strict=True,
             ):
                 ratios[name].append(value)
-            for name, value in zip(times, (merge, sweep, one), strict=True):
+            for name, value in zip(times, (merge, sweep, nine), strict=True):
                 times[name].append(value)
             shutil.rmtree(out)
             shutil.rmtree(points)
