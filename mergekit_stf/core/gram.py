@@ -73,7 +73,7 @@ class Products:
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
         M = combine(self.features, torch.split(alpha, self.sizes))
-        responses = [((M @ f.Vh.mT).mul_(f.U)).sum(dim=0) for f in self.features]
+        responses = [(f.Vh @ M.mT).mul_(f.U.mT).sum(dim=1) for f in self.features]
         return torch.cat(responses).to(alpha.dtype)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
-from mergekit_stf.core.tolerances import HEAD, NEAR, RANK, TAIL
+from mergekit_stf.core.tolerances import HEAD, NEAR, RANK, ROUGH_TAIL, TAIL
 
 CHUNK = 2**25
 """Entries of a task matrix that are converted to float64 at a time."""
@@ -37,7 +37,7 @@ def gram_float64(M: Tensor) -> Features:
     Images that are not short beside the longest are formed in the type of ``M``, whose rounding
     does not show in them.
     """
-    values, Vh = _eigen(_gram(M, torch.float64))
+    values, Vh = eigen(lower_gram(M, torch.float64))
     s = values.clamp(min=0).sqrt()
     head = int(torch.count_nonzero(s > HEAD * s[0]))
     narrow = Vh.to(M.dtype)
@@ -59,8 +59,8 @@ def gram_float32(M: Tensor) -> Features:
     ``M = U diag(s) Vh`` holds to rounding, but close neighbours stay mixed: the merged matrix
     moves by about 1e-5. Meant for inputs whose own rounding moves it by more.
     """
-    _, Vh = _eigen(_gram(M, M.dtype))
-    return _complete(*_separate_tail(Vh @ M.mT, Vh), "gram_float32")
+    _, Vh = eigen(lower_gram(M, M.dtype))
+    return _complete(*separate_tail(Vh @ M.mT, Vh, ROUGH_TAIL), "gram_float32")
 
 
 def gram_refined(M: Tensor) -> Features:
@@ -70,8 +70,8 @@ def gram_refined(M: Tensor) -> Features:
     of features with the precision of its own size. First-order perturbation theory then gives the
     remaining rotation, ``E_kl = b_kᵀb_l / (b_l² - b_k²)`` (Ogita and Aishima 2018 iterate it).
     """
-    _, Vh = _eigen(_gram(M, M.dtype))
-    return _complete(*_rotate(*_separate_tail(Vh @ M.mT, Vh)), "gram_refined")
+    _, Vh = eigen(lower_gram(M, M.dtype))
+    return _complete(*_rotate(*separate_tail(Vh @ M.mT, Vh)), "gram_refined")
 
 
 ROUTES: dict[str, Callable[[Tensor], Features]] = {
@@ -82,13 +82,13 @@ ROUTES: dict[str, Callable[[Tensor], Features]] = {
 }
 
 
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and, as rows, eigenvectors, largest first, from the lower triangle."""
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     return values.flip(0), vectors.mT.flip(0)
 
 
-def _gram(M: Tensor, dtype: torch.dtype) -> Tensor:
+def lower_gram(M: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``MᵀM`` in a type, its lower triangle by ``PANELS`` products; the rest is zero."""
     n = M.shape[1]
     gram = torch.zeros(n, n, dtype=dtype, device=M.device)
@@ -114,12 +114,13 @@ def _split(M: Tensor) -> tuple[Tensor, ...]:
     return torch.split(M, max(1, CHUNK // M.shape[1]))
 
 
-def _separate_tail(image: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+def separate_tail(image: Tensor, Vh: Tensor, below: float = TAIL) -> tuple[Tensor, Tensor]:
     """Diagonalise again, within its own span, what the rounding of a larger Gram matrix blurs.
 
     Args:
         image: (n, m), ``Vh Mᵀ``, one ``b_kᵀ = (M v_k)ᵀ`` a row.
         Vh: (n, n), orthonormal.
+        below: length, relative to the longest image, under which images count as blurred.
 
     Returns:
         Both after the same rotation of rows, the longest image first.
@@ -129,12 +130,12 @@ def _separate_tail(image: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     start, top = 0, torch.linalg.vector_norm(image[0])
     while True:
         length = torch.linalg.vector_norm(image[start:], dim=1)
-        step = int(torch.count_nonzero(length > TAIL * length[0]))
+        step = int(torch.count_nonzero(length > below * length[0]))
         if start + step >= Vh.shape[0] or length[0] <= RANK * top or not step:
             return image, Vh
         start += step
         tail = image[start:]
-        _, R = _eigen(tail @ tail.mT)
+        _, R = eigen(tail @ tail.mT)
         image[start:] = R @ tail
         Vh[start:] = R @ Vh[start:]
 

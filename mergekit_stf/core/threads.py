@@ -18,11 +18,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-WORKSPACE = 2**29
+WORKSPACE = 2**30
 """Bytes that the decompositions running at a time may need together."""
 
-SQUARES = 48
-"""Bytes of workspace for each entry of an n×n Gram matrix: it, its eigenvectors, LAPACK's own."""
+SQUARES = 32
+"""Bytes of workspace for each entry of an n×n Gram matrix: it, its eigenvectors, LAPACK's two."""
 
 Result = TypeVar("Result")
 _sharing = threading.Lock()
@@ -46,7 +46,7 @@ def over_tasks(work: Callable[[Tensor], Result], matrices: Iterable[Tensor]) -> 
 def _at_a_time(M: Tensor) -> int:
     if M.device.type != "cpu":
         return 1
-    room = WORKSPACE // (SQUARES * min(M.shape) ** 2 + 1)
+    room = WORKSPACE // (SQUARES * max(1, min(M.shape)) ** 2)
     return max(1, min(torch.get_num_threads(), room))
 
 

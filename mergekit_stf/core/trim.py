@@ -37,31 +37,40 @@ def trim(x: Tensor, density: float) -> Tensor:
     if k >= x.numel():
         return x
     magnitude = x.reshape(-1).abs()
-    threshold = kth_largest(magnitude, k)
+    threshold, reaching = kth_largest(magnitude, k)
     below = torch.nextafter(threshold, torch.zeros_like(threshold))
     trimmed = torch.nn.functional.hardshrink(x.contiguous(), below.item())
-    surplus = int(torch.count_nonzero(trimmed)) - k
+    surplus = reaching - k
     if surplus > 0:
         ties = torch.nonzero(magnitude == threshold).reshape(-1)
         trimmed.view(-1)[ties[ties.numel() - surplus :]] = 0
     return trimmed
 
 
-def kth_largest(values: Tensor, k: int) -> Tensor:
-    """Return the ``k``-th largest entry of a vector, k = 1 for the largest, as a scalar tensor.
+def kth_largest(values: Tensor, k: int) -> tuple[Tensor, int]:
+    """Return the ``k``-th largest entry of a vector, and how many entries reach it.
 
     Selection by a sampled bracket (Floyd and Rivest 1975): an evenly spaced sample brackets the
     answer, one pass keeps the few entries inside the bracket, and the answer is selected among
     them. When the sample misleads, all entries take part; the answer is exact either way.
+
+    Args:
+        values: a vector without NaN.
+        k: 1 for the largest.
+
+    Returns:
+        The entry as a scalar tensor, and the number of entries that are at least as large.
     """
-    n = values.numel()
-    if n > 8 * SAMPLE:
+    above = 0
+    if values.numel() > 8 * SAMPLE:
         low, high = _bracket(values, k)
-        above = int(torch.count_nonzero(values > high))
-        inside = values[(values >= low) & (values <= high)]
-        if above < k <= above + inside.numel():
-            values, k, n = inside, k - above, inside.numel()
-    return torch.kthvalue(values, n - k + 1).values
+        over = values > high
+        beyond = int(torch.count_nonzero(over))
+        inside = values[(values >= low).logical_xor_(over)]
+        if beyond < k <= beyond + inside.numel():
+            values, above = inside, beyond
+    found = torch.kthvalue(values, values.numel() - (k - above) + 1).values
+    return found, above + int(torch.count_nonzero(values >= found))
 
 
 def _bracket(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

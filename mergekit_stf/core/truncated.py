@@ -6,13 +6,14 @@ numbers, and both check their answer and return nothing when it is not good enou
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf, log
 
 import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
-from mergekit_stf.core.tolerances import RANK, TRUNCATED
+from mergekit_stf.core.routes import eigen, lower_gram, separate_tail
+from mergekit_stf.core.tolerances import BLURRED, RANK, TRUNCATED
 
 SEED = 20250210
 SMALLEST = 256
@@ -24,6 +25,15 @@ LARGEST_FRACTION = 0.3
 LARGEST_SPACE = 0.7
 """A Krylov space beyond this fraction of the smaller side costs more than the exact answer."""
 
+BLOCKS = 16
+"""Blocks in which a Krylov space reaches the number of features that are wanted."""
+
+FIRST = 2.2
+"""Size of the space, in features wanted, at which convergence is looked for first."""
+
+STEP = 0.25
+"""And by how much it grows between looks."""
+
 PROBE = 16
 """A rank below ``min(m, n) / PROBE`` is recognised."""
 
@@ -32,9 +42,10 @@ def leading(M: Tensor, count: int) -> Features | None:
     """Return the ``count`` leading features of M by a randomised block Krylov method.
 
     The space of ``X, MᵀM X, (MᵀM)² X, …`` holds the leading right vectors to high accuracy once it
-    is two or three times as large as their number, unless the spectrum is flat there (Musco and
-    Musco 2015). It grows until the residuals ``Mᵀu_k - s_k v_k`` of all kept triples are below
-    ``TRUNCATED * |s|`` together; the error of the merged matrix is then below 1e-3.
+    is about twice as large as their number, unless the spectrum is flat there (Musco and Musco
+    2015); narrow blocks, which raise the degree, need the smallest space. It grows until the
+    residuals ``Mᵀu_k - s_k v_k`` of all kept triples are below ``TRUNCATED * |s|`` together; the
+    error of the merged matrix is then below 1e-3.
 
     Args:
         M: (m, n) with m >= n.
@@ -46,19 +57,60 @@ def leading(M: Tensor, count: int) -> Features | None:
     n = M.shape[1]
     if n < SMALLEST or count > LARGEST_FRACTION * n:
         return None
-    width = ceil(count / 4)
-    X = _orthonormal(_start(n, width, M))
-    basis, image = X, M @ X
-    while basis.shape[1] + width <= LARGEST_SPACE * n:
-        X = M.mT @ image[:, -width:]
-        for _ in range(2):
-            X = _orthonormal(torch.addmm(X, basis, basis.mT @ X, alpha=-1))
-        basis, image = torch.cat([basis, X], dim=1), torch.cat([image, M @ X], dim=1)
-        if basis.shape[1] >= 2 * count + width:
-            found, residual = _ritz(M, basis, image, count)
-            if residual <= TRUNCATED:
-                return found
+    krylov = _Krylov(M, ceil(count / BLOCKS), int(LARGEST_SPACE * n))
+    before, step = inf, ceil(STEP * count)
+    for size in range(ceil(FIRST * count), int(LARGEST_SPACE * n), step):
+        krylov.grow(size)
+        found, residual = krylov.ritz(count)
+        if residual <= TRUNCATED:
+            return found
+        steps = log(residual / TRUNCATED) / max(log(before / residual), 1e-9)
+        if size + steps * step > LARGEST_SPACE * n:
+            return None
+        before = residual
     return None
+
+
+class _Krylov:
+    """An orthonormal basis of a block Krylov space of MᵀM, and its image under M, by rows."""
+
+    def __init__(self, M: Tensor, width: int, limit: int) -> None:
+        m, n = M.shape
+        self.M, self.width, self.size = M, width, 0
+        self.basis, self.image = M.new_empty(limit + width, n), M.new_empty(limit + width, m)
+        self._append(_orthonormal(_start(n, width, M)).mT)
+
+    def grow(self, size: int) -> None:
+        """Append blocks up to at least this many rows.
+
+        By the three-term recurrence only the last two blocks have much in common with the next
+        one; taken out first, they leave to the full projection what rounding brings back.
+        """
+        while self.size < size:
+            X = self.image[self.size - self.width : self.size] @ self.M
+            for start in (max(0, self.size - 2 * self.width), 0):
+                known = self.basis[start : self.size]
+                X = _orthonormal(torch.addmm(X, X @ known.mT, known, alpha=-1).mT).mT
+            self._append(X)
+
+    def ritz(self, count: int) -> tuple[Features, float]:
+        """Return the leading Ritz triples in the space, and their relative residual."""
+        basis, image = self.basis[: self.size], self.image[: self.size]
+        squares, R = eigen(lower_gram(image.mT, image.dtype))
+        if squares[min(count, self.size) - 1] > BLURRED * squares[0]:
+            R = R[:count]
+        Uh, Vh = (rows[:count] for rows in separate_tail(R @ image, R @ basis))
+        s = torch.linalg.vector_norm(Uh, dim=1)
+        kept = int(torch.count_nonzero(s > RANK * s[0]))
+        Vh, s, Uh = Vh[:kept], s[:kept], Uh[:kept] / s[:kept].unsqueeze(1)
+        residual = torch.linalg.vector_norm(torch.addmm(Vh * s.unsqueeze(1), Uh, self.M, beta=-1))
+        return Features(Uh.mT, s, Vh, "krylov"), float(residual / torch.linalg.vector_norm(s))
+
+    def _append(self, X: Tensor) -> None:
+        rows = slice(self.size, self.size + X.shape[0])
+        self.basis[rows] = X
+        torch.mm(X, self.M.mT, out=self.image[rows])
+        self.size = rows.stop
 
 
 def low_rank(M: Tensor) -> Features | None:
@@ -95,17 +147,6 @@ def _start(rows: int, columns: int, like: Tensor) -> Tensor:
 def _orthonormal(X: Tensor) -> Tensor:
     Q: Tensor = torch.linalg.qr(X).Q
     return Q
-
-
-def _ritz(M: Tensor, basis: Tensor, image: Tensor, count: int) -> tuple[Features, float]:
-    """Return the leading Ritz triples in the space of ``basis``, and their relative residual."""
-    R = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(1)[:, :count]
-    V, B = basis @ R, image @ R
-    s = torch.linalg.vector_norm(B, dim=0)
-    kept = s > RANK * s[0]
-    V, s, U = V[:, kept], s[kept], B[:, kept] / s[kept]
-    residual = torch.linalg.vector_norm(M.mT @ U - V * s) / torch.linalg.vector_norm(s)
-    return Features(U, s, V.mT, "krylov"), float(residual)
 
 
 def _spectral_norm(E: Tensor, steps: int = 8) -> Tensor:

@@ -54,7 +54,7 @@ def test_an_error_ends_the_batch_and_restores_the_cores():
 
 @pytest.mark.usefixtures("four_threads")
 def test_large_matrices_come_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(threads, "WORKSPACE", 2 * threads.SQUARES * 64 + 128)
+    monkeypatch.setattr(threads, "WORKSPACE", 2 * threads.SQUARES * 64)
     taken = []
 
     def source():
