@@ -19,8 +19,8 @@ from mergekit_stf.core.tolerances import RESIDUAL, WELL_POSED
 DIRECT = 256
 """Features of all tasks up to which the whole ``G`` is formed and factored."""
 
-BLOCK = 2**16
-"""Entries of a block of rows, 256 KB in float32: smaller than a core's share of the cache."""
+BLOCK = 2**18
+"""Entries of a block of rows, 1 MB in float32: smaller than a core's share of the cache."""
 
 
 Index = tuple[slice | Tensor, ...]

@@ -57,21 +57,22 @@ class AdapterMerger:
         self._record(weight.planned, parts, time.perf_counter() - start)
         return delta
 
-    def pieces(self, stored: str, base: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    def pieces(
+        self, stored: str, delta: Delta | None, base: Tensor, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
         """Yield a weight of the merged model, in blocks of rows, each valid until the next.
 
         It is formed in float32 or better and rounded once.
 
         Args:
             stored: the weight's name in the base's checkpoint.
+            delta: what is added to it.
             base: its tensor.
             dtype: the type of the result.
 
         Raises:
-            STFError: as `delta`, or the base holds NaN or infinity, or a type that holds no
-                merged weight.
+            STFError: the base holds NaN or infinity, or a type that holds no merged weight.
         """
-        delta = self.delta(stored, lambda: base)
         if delta is None:
             yield base.to(dtype)
             return

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 from tqdm import tqdm
 
+from mergekit_stf.host.adapter_ahead import Ahead
 from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_plan import AdapterPlan
 from mergekit_stf.host.adapter_shards import write_shards
@@ -56,10 +57,12 @@ def write_model(
     for name in sorted(shards, key=lambda name: (shards[name], name)):
         tensor = loader.get_tensor(name)
         headers[name] = Header(tuple(tensor.shape), _out_dtype(plan, name, tensor, asked))
-    with tqdm(total=len(headers), disable=options.quiet) as progress:
+    progress = tqdm(total=len(headers), disable=options.quiet)
+    with progress, Ahead(merger, headers, loader.get_tensor) as deltas:
 
         def pieces(name: str) -> Iterator[Tensor]:
-            yield from merger.pieces(name, loader.get_tensor(name), headers[name].dtype)
+            delta = deltas.take(name)
+            yield from merger.pieces(name, delta, loader.get_tensor(name), headers[name].dtype)
             progress.update()
 
         write_shards(headers, pieces, out, options.out_shard_size)

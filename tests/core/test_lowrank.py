@@ -141,7 +141,7 @@ def test_norm_and_transposition_do_not_need_the_product() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("block", [1, 100, 2**16])
+@pytest.mark.parametrize("block", [1, 100, 2**18])
 def test_sum_with_the_base_in_blocks_of_rows(
     dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import coverage
+from mergekit_stf.host.adapter_ahead import Ahead
 from mergekit_stf.host.adapter_file import total_error
 from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
 from mergekit_stf.host.recipe import check_recipe
@@ -447,3 +449,19 @@ def test_dora_goes_the_plain_way(llama_base: Path, tmp_path: Path) -> None:
         )
     expected = full_route(llama_base, adapters, tmp_path / "full")
     assert_equal(made.tensors(tmp_path / "out"), expected, 1e-5)
+
+
+def test_weights_are_merged_a_few_ahead_and_in_any_order() -> None:
+    merged_names: list[str] = []
+    names = [str(number) for number in range(20)]
+
+    class Merger:
+        def delta(self, stored: str, base: Callable[[], Tensor]) -> Tensor:
+            merged_names.append(stored)
+            return base() * 2
+
+    with Ahead(Merger(), names, lambda name: torch.tensor(float(name))) as deltas:
+        for name in ("0", "9", "3"):
+            assert deltas.take(name) == 2 * float(name)
+    assert merged_names == names[: len(merged_names)]
+    assert 10 <= len(merged_names) <= 16
