@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-WORKSPACE = 2**30
+WORKSPACE = 2**29
 """Bytes that the decompositions running at a time may need together."""
 
 SQUARES = 32

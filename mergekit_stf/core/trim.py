@@ -7,7 +7,7 @@ from math import ceil, sqrt
 import torch
 from torch import Tensor
 
-SAMPLE = 8192
+SAMPLE = 4096
 
 
 def kept_entries(numel: int, density: float) -> int:
