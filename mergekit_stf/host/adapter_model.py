@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from mergekit_stf.host.adapter_ahead import Ahead
 from mergekit_stf.host.adapter_merge import AdapterMerger
-from mergekit_stf.host.adapter_plan import AdapterPlan
+from mergekit_stf.host.adapter_plan import AdapterPlan, TouchedWeight
 from mergekit_stf.host.adapter_shards import write_shards
 from mergekit_stf.host.headers import Header
 
@@ -33,6 +34,10 @@ COMPANIONS = [
     "processor_config.json",
     "*preprocessor_config.json",
 ]
+
+
+SMALL = 128
+"""Rank of a merged update up to which one core forms it faster than the system takes it."""
 
 
 def write_model(
@@ -58,7 +63,7 @@ def write_model(
         tensor = loader.get_tensor(name)
         headers[name] = Header(tuple(tensor.shape), _out_dtype(plan, name, tensor, asked))
     progress = tqdm(total=len(headers), disable=options.quiet)
-    with progress, Ahead(merger, headers, loader.get_tensor) as deltas:
+    with progress, _one_core_each(plan), Ahead(merger, headers, loader.get_tensor) as deltas:
 
         def pieces(name: str) -> Iterator[Tensor]:
             delta = deltas.take(name)
@@ -67,6 +72,29 @@ def write_model(
 
         write_shards(headers, pieces, out, options.out_shard_size)
     _write_companions(plan, asked, options.trust_remote_code, out)
+
+
+@contextmanager
+def _one_core_each(plan: AdapterPlan) -> Iterator[None]:
+    """Give the merging and the writing thread a core each where the products are small.
+
+    More threads share such products at a loss, measured in ``docs/lora.md``.
+    """
+    threads = torch.get_num_threads()
+    if all(_is_small(weight) for weight in plan.touched.values()):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_small(weight: TouchedWeight) -> bool:
+    """Say whether a weight stays in factors of a rank at which writing takes longest."""
+    changes = [change for change in weight.changes if change is not None]
+    ranks = [change.factors.rank for change in changes if change.factors is not None]
+    whole = any(change.replaced is not None for change in changes)
+    return not whole and min(weight.planned.density) == 1 and sum(ranks) <= SMALL
 
 
 def _out_dtype(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import coverage
+from mergekit_stf.host import adapter_model, coverage
 from mergekit_stf.host.adapter_ahead import Ahead
 from mergekit_stf.host.adapter_file import total_error
 from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
@@ -465,3 +465,28 @@ def test_weights_are_merged_a_few_ahead_and_in_any_order() -> None:
             assert deltas.take(name) == 2 * float(name)
     assert merged_names == names[: len(merged_names)]
     assert 10 <= len(merged_names) <= 16
+
+
+@pytest.mark.parametrize(("parameters", "expected"), [({}, 1), ({"density": 0.5}, 2)])
+def test_small_products_take_one_core(
+    parameters: dict[str, float],
+    expected: int,
+    llama_base: Path,
+    llama_adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[int] = set()
+
+    def write_shards(*arguments: Any) -> None:
+        seen.add(torch.get_num_threads())
+
+    monkeypatch.setattr(adapter_model, "write_shards", write_shards)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        content = made.recipe(llama_base, made.on_base(llama_base, llama_adapters))
+        merged(content | {"parameters": parameters}, tmp_path / "out")
+        assert (seen, torch.get_num_threads()) == ({expected}, 2)
+    finally:
+        torch.set_num_threads(before)
