@@ -58,10 +58,16 @@ class Finished:
         """Plan the merge again.
 
         Raises:
-            STFError: a model of the recipe cannot be found any more.
+            STFError: a model of the recipe cannot be found any more, or is an adapter.
         """
         options = MergeOptions(**self._lock.options) if self._lock else MergeOptions()
-        return plan_weights(check_recipe(self.text, f"recipe of {self.folder}").config, options)
+        config = check_recipe(self.text, f"recipe of {self.folder}").config
+        if any(model.lora is not None for model in config.referenced_models()):
+            raise STFError(
+                f"{self.folder} is a merge of adapters, and preservation is measured on full "
+                "models; say --sample 0 to leave it out"
+            )
+        return plan_weights(config, options)
 
     def records(self, path: Path | None = None) -> list[diagnostics.Record]:
         """Return the records of the merge, from ``path`` if they were written elsewhere.

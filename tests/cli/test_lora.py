@@ -147,3 +147,6 @@ def test_report_shows_the_merge(config: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(tmp_path / "out"), "--sample", "0"])
     assert result.exit_code == 0, result.output
     assert "adapter1" in (tmp_path / "out" / "stf-report.html").read_text()
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "say --sample 0" in result.output
