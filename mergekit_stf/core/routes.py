@@ -103,7 +103,9 @@ def lower_gram(M: Tensor, dtype: torch.dtype) -> Tensor:
 def _short_images(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Vh Mᵀ`` rounded to the type of ``M``, and its row norms, both from float64."""
     image, square = M.new_empty(Vh.shape[0], M.shape[0]), Vh.new_zeros(Vh.shape[0])
-    for target, rows in zip(_split(image.mT), _split(M), strict=True):
+    parts = _split(M)
+    targets = torch.split(image.mT, [rows.shape[0] for rows in parts])
+    for target, rows in zip(targets, parts, strict=True):
         part = Vh @ rows.double().mT
         square += part.square().sum(dim=1)
         target.copy_(part.mT)

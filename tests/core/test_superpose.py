@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_stf.core import decompose, superpose, trim
+from mergekit_stf.core import decompose, routes, superpose, trim
 from mergekit_stf.core.routes import ROUTES
 from tests import oracle
 
@@ -93,6 +93,18 @@ def test_every_route_reproduces_its_matrix(route):
     back = (f.U.double() * f.s) @ f.Vh.double()
     assert float((back - matrix).norm() / matrix.norm()) <= 2e-6
     assert torch.equal(f.s, f.s.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("shape", [(120, 40), (40, 120)])
+def test_large_matrices_are_converted_part_by_part(monkeypatch, shape):
+    """With long and short images, of which only the short ones are formed in float64."""
+    inputs = [M * 10.0 ** -torch.linspace(0, 4, shape[1]) for M in matrices(shape, 2, seed=6)]
+    whole = superpose(inputs, route="gram_float64")
+    monkeypatch.setattr(routes, "CHUNK", 1000)
+    parts = superpose(inputs, route="gram_float64")
+    assert set(parts.report.routes) == {"gram_float64"}
+    assert distance(whole.M, expected(inputs)) <= 1e-5
+    assert distance(parts.M, expected(inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("route", ROUTES)
