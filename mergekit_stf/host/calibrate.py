@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_stf.host.method import added, check_values, superposed
 from mergekit_stf.host.planned import PlannedWeight
 from mergekit_stf.host.tasks import ordered
+from mergekit_stf.host.weights import added, check_values, superposed
 
 EXPONENT = 3.0
 """Time grows with the cube of the side for a decomposition, until something smaller dominates."""

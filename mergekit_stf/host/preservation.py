@@ -15,9 +15,9 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.api import merge_tensors
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.method import superposed
 from mergekit_stf.host.planned import PlannedWeight
 from mergekit_stf.host.tasks import Task, deltas
+from mergekit_stf.host.weights import superposed
 
 RIVALS = ("linear", "task_arithmetic", "ties")
 METHODS = ("stf", *RIVALS)

@@ -10,7 +10,7 @@ import yaml
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import digests as digests_module
-from mergekit_stf.host import method
+from mergekit_stf.host import weights
 from mergekit_stf.host.grid import parse_values, points, replaced
 from mergekit_stf.host.lock import read_lock
 from mergekit_stf.host.recipe import load_recipe
@@ -58,13 +58,13 @@ def test_a_decomposition_is_done_once_for_each_density(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved: list[str] = []
-    superpose = method.superpose
+    superpose = weights.superpose
 
     def counted(*arguments: object, **options: object) -> object:
         solved.append(str(options["name"]))
         return superpose(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(method, "superpose", counted)
+    monkeypatch.setattr(weights, "superpose", counted)
     grid = ("--lambda", "0.4:1.2:0.2", "--density", "0.2,1")
     assert run("sweep", recipe, tmp_path / "out", *grid, "--quiet").exit_code == 0
     assert len(set(solved)) == 14
