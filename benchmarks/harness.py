@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -23,6 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MEASURED = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -130,16 +136,17 @@ def rates(device: str = "cpu") -> dict[str, float]:
 
 
 def peak_of(arguments: Sequence[str]) -> tuple[float, int]:
-    """Run a command and return its wall time and its peak memory in bytes."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if status:
-            said.seek(0)
-            sys.exit(f"{' '.join(arguments)} ended with {process.returncode}:\n{said.read()}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    """Run a command and return its wall time and its peak memory in bytes.
+
+    A small process starts it: a new process's high-water mark begins with that of its parent.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak) * 1024
 
 
 def peak_memory() -> int:

@@ -9,6 +9,7 @@ Ours merges every matrix; the rival is timed beside it on a few of each shape, i
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import torch
@@ -60,7 +61,7 @@ def main() -> None:
     limit = 1e-3 if given.rank < 1 else LIMITS.get(given.route, 1e-5)
     figures: dict[str, object] = {"error": check(given.device, given.route, given.rank, limit)}
     print(f"error against float64: {figures['error']:.1e}")
-    total = 0.0
+    total, rivals = 0.0, 0.0
     for shape, count in shapes:
         number = max(1, round(given.fraction * count))
         ours, rival = [], []
@@ -77,6 +78,7 @@ def main() -> None:
         line = f"{shape}: {number} of {count}, ours {shown(entry['ours'])}"
         if rival:
             ratio = spread([b / a for a, b in zip(ours, rival, strict=False)])
+            rivals += entry["of"] * statistics.median(rival)
             entry |= {"rival": spread(rival), "ratio": ratio}
             line += f", straightforward {shown(entry['rival'])}, ratio {shown(ratio, 'x')}"
         figures["x".join(map(str, shape))] = entry
@@ -87,10 +89,13 @@ def main() -> None:
         "rank": given.rank,
         "route": given.route,
         "seconds for all matrices": total,
+        "straightforward, seconds for all matrices": rivals or None,
         "peak bytes": peak_memory(),
         "peak device bytes": device_peak,
     }
     print(f"{given.model}, {tasks} tasks, all matrices: {total:.1f} s")
+    if rivals:
+        print(f"straightforward: {rivals:.1f} s, {rivals / total:.2f} x as long")
     write(given.json, figures, given.device)
 
 
