@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.lowrank import FactoredSuperposition, gram_matrix
-from mergekit_stf.core.superpose import Report
-
-LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+from mergekit_stf.core.superpose import Report, assembled_report
 
 
 def report_of(merged: FactoredSuperposition) -> Report:
@@ -20,23 +18,14 @@ def report_of(merged: FactoredSuperposition) -> Report:
     inner, norm = _lengths(merged)
     norms = inner.diagonal().clamp(min=0).sqrt()
     scale = torch.where(norms > 0, norms, 1.0)
-    return Report(
+    return assembled_report(
+        features,
+        solution,
         shape=merged.M.shape,
-        routes=tuple(f.route for f in features),
-        ranks=tuple(f.rank for f in features),
-        spectra=tuple(f.spectrum for f in features),
-        norms=tuple(norms.tolist()),
+        norms=norms,
         merged_norm=norm,
         sum_norm=float(inner.sum().clamp(min=0).sqrt()),
-        overlaps=tuple(map(tuple, (inner / torch.outer(scale, scale)).tolist())),
-        iterations=solution.iterations if solution else 0,
-        residual=solution.residual if solution else 0.0,
-        converged=solution.converged if solution else True,
-        condition=solution.condition if solution else 1.0,
-        energy=solution.energy if solution else 0.0,
-        ridge=solution.ridge if solution else 0.0,
-        cutoff=solution.cutoff if solution else 0.0,
-        alpha_ratio=_alpha_ratio(merged),
+        overlaps=inner / torch.outer(scale, scale),
     )
 
 
@@ -55,12 +44,3 @@ def _lengths(merged: FactoredSuperposition) -> tuple[Tensor, float]:
     S = s * (tasks.unsqueeze(1) == tasks.repeat_interleave(ranks))
     alpha = torch.cat(solution.alpha).double()
     return S @ G @ S.mT, float((alpha @ G @ alpha).clamp(min=0).sqrt())
-
-
-def _alpha_ratio(merged: FactoredSuperposition) -> tuple[float, ...]:
-    if merged.solution is None:
-        return ()
-    s = torch.cat([f.s for f in merged.features])
-    ordered = (torch.cat(merged.solution.alpha) / s).sort().values
-    levels = torch.tensor(LEVELS, dtype=torch.float64)
-    return tuple(ordered[(levels * (s.numel() - 1)).long()].tolist())

@@ -51,6 +51,19 @@ class Solution:
     cutoff: float
 
 
+NOTHING = Solution(
+    alpha=(),
+    iterations=0,
+    residual=0.0,
+    converged=True,
+    condition=1.0,
+    energy=0.0,
+    ridge=0.0,
+    cutoff=0.0,
+)
+"""Of a system without features."""
+
+
 def solve(
     features: Sequence[Features], ridge: float | None = None, operator: Gram | None = None
 ) -> Solution:

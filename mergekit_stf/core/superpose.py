@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from mergekit_stf.core.decompose import decompose
 from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import combine
 from mergekit_stf.core.precision import full_precision
-from mergekit_stf.core.solve import Solution, solve
+from mergekit_stf.core.solve import NOTHING, Solution, solve
 from mergekit_stf.core.threads import over_tasks
 
 SAMPLE = 2**18
@@ -122,7 +122,7 @@ def _superpose(
             samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
             yield M
 
-    features = list(over_tasks(lambda M: decompose(M, rank, route, source_dtype, name), checked()))
+    features = over_tasks(lambda M: decompose(M, rank, route, source_dtype, name), checked())
     if not features:
         raise ValueError(f"{name or 'superpose'}: at least one task matrix is needed")
     present = [f for f in features if f.rank]
@@ -147,29 +147,60 @@ def _report(
 ) -> Report:
     norms = torch.stack([torch.linalg.vector_norm(f.s) for f in features]).double().cpu()
     overlaps = _overlaps(samples)
-    ratios: tuple[float, ...] = ()
-    if solution is not None:
-        s = torch.cat([f.s for f in features])
-        levels = torch.linspace(0, 1, 5, device=s.device, dtype=s.dtype)
-        ordered = (torch.cat(solution.alpha) / s).sort().values
-        ratios = tuple(ordered[(levels * (s.numel() - 1)).long()].tolist())
-    return Report(
+    return assembled_report(
+        features,
+        solution,
         shape=(M.shape[0], M.shape[1]),
+        norms=norms,
+        merged_norm=float(torch.linalg.vector_norm(M)),
+        sum_norm=float((norms @ overlaps @ norms).clamp(min=0).sqrt()),
+        overlaps=overlaps,
+    )
+
+
+def assembled_report(
+    features: Sequence[Features],
+    solution: Solution | None,
+    *,
+    shape: tuple[int, int],
+    norms: Tensor,
+    merged_norm: float,
+    sum_norm: float,
+    overlaps: Tensor,
+) -> Report:
+    """Return the report of a weight.
+
+    Args:
+        features: of each task, of rank 0 where its matrix is zero.
+        solution: of the system, None where every task matrix is zero.
+        shape: (m, n).
+        norms: ``|M_i|``, (T,).
+        merged_norm: ``|M|``.
+        sum_norm: ``|Σ M_i|``.
+        overlaps: cosines between the task matrices, (T, T).
+    """
+    found = solution or NOTHING
+    s = torch.cat([f.s for f in features])
+    ordered = (torch.cat(found.alpha) / s).sort().values if found.alpha else s
+    return Report(
+        shape=shape,
         routes=tuple(f.route for f in features),
         ranks=tuple(f.rank for f in features),
         spectra=tuple(f.spectrum for f in features),
         norms=tuple(norms.tolist()),
-        merged_norm=float(torch.linalg.vector_norm(M)),
-        sum_norm=float((norms @ overlaps @ norms).clamp(min=0).sqrt()),
-        overlaps=tuple(tuple(row) for row in overlaps.tolist()),
-        iterations=solution.iterations if solution else 0,
-        residual=solution.residual if solution else 0.0,
-        converged=solution.converged if solution else True,
-        condition=solution.condition if solution else 1.0,
-        energy=solution.energy if solution else 0.0,
-        ridge=solution.ridge if solution else 0.0,
-        cutoff=solution.cutoff if solution else 0.0,
-        alpha_ratio=ratios,
+        merged_norm=merged_norm,
+        sum_norm=sum_norm,
+        overlaps=tuple(map(tuple, overlaps.tolist())),
+        iterations=found.iterations,
+        residual=found.residual,
+        converged=found.converged,
+        condition=found.condition,
+        energy=found.energy,
+        ridge=found.ridge,
+        cutoff=found.cutoff,
+        alpha_ratio=tuple(ordered[[i * (s.numel() - 1) // 4 for i in range(5)]].tolist())
+        if found.alpha
+        else (),
     )
 
 

@@ -28,19 +28,19 @@ Result = TypeVar("Result")
 _sharing = threading.Lock()
 
 
-def over_tasks(work: Callable[[Tensor], Result], matrices: Iterable[Tensor]) -> Iterator[Result]:
-    """Yield ``work(M)`` for each matrix, in order, as many at a time as cores and memory allow.
+def over_tasks(work: Callable[[Tensor], Result], matrices: Iterable[Tensor]) -> list[Result]:
+    """Return ``work(M)`` for each matrix, in order, as many at a time as cores and memory allow.
 
     Matrices are taken from the iterable only when they are worked on.
     """
+    results: list[Result] = []
     rest = iter(matrices)
     for first in rest:
         batch = [first, *islice(rest, _at_a_time(first) - 1)]
         with _shared_cores(len(batch)) as pool:
-            if pool is None:
-                yield from map(work, batch)
-            else:
-                yield from pool.map(torch.no_grad()(work), batch)
+            run = map if pool is None else pool.map
+            results += run(torch.no_grad()(work), batch)
+    return results
 
 
 def _at_a_time(M: Tensor) -> int:
