@@ -95,10 +95,25 @@ def test_every_route_reproduces_its_matrix(route):
     assert torch.equal(f.s, f.s.sort(descending=True).values)
 
 
+def steep(shape):
+    return [M * 10.0 ** -torch.linspace(0, 5, shape[1]) for M in matrices(shape, 2, seed=6)]
+
+
+def test_short_images_are_formed_in_float64(monkeypatch):
+    """In float32 the rounding of the long ones would show in them."""
+    s = 10.0 ** -torch.linspace(0, 5, 90)
+    left, right = matrices((120, 90), 2, seed=3), matrices((90, 90), 2, seed=4)
+    bases = zip(map(torch.linalg.qr, left), map(torch.linalg.qr, right), strict=True)
+    inputs = [(U.Q * s) @ V.Q.mT for U, V in bases]
+    assert distance(superpose(inputs, route="gram_float64").M, expected(inputs)) <= 3e-6
+    monkeypatch.setattr(routes, "HEAD", 0.0)
+    assert distance(superpose(inputs, route="gram_float64").M, expected(inputs)) > 1e-5
+
+
 @pytest.mark.parametrize("shape", [(120, 40), (40, 120)])
 def test_large_matrices_are_converted_part_by_part(monkeypatch, shape):
     """With long and short images, of which only the short ones are formed in float64."""
-    inputs = [M * 10.0 ** -torch.linspace(0, 4, shape[1]) for M in matrices(shape, 2, seed=6)]
+    inputs = steep(shape)
     whole = superpose(inputs, route="gram_float64")
     monkeypatch.setattr(routes, "CHUNK", 1000)
     parts = superpose(inputs, route="gram_float64")

@@ -35,6 +35,14 @@ def test_leading_features_equal_the_oracle_that_keeps_as_many(shape, rank):
     assert distance(result.M, expected) <= 1e-3
 
 
+def test_a_steep_spectrum_is_not_blurred_where_it_is_cut():
+    inputs = [spectrum(640, 640, (1 + torch.arange(640) / 8) ** -1.5, seed) for seed in (1, 2)]
+    result = superpose(inputs, rank=0.2)
+    assert set(result.report.routes) == {"krylov"}
+    expected = oracle.superpose([M.double().numpy() for M in inputs], 128)
+    assert distance(result.M, expected) <= 2e-5
+
+
 def test_a_flat_spectrum_falls_back_to_the_exact_route():
     flat = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     assert leading(flat, 60) is None
