@@ -73,8 +73,7 @@ class Products:
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
         M = combine(self.features, torch.split(alpha, self.sizes))
-        responses = [(f.Vh @ M.mT).mul_(f.U.mT).sum(dim=1) for f in self.features]
-        return torch.cat(responses).to(alpha.dtype)
+        return torch.cat([responses(f, M) for f in self.features]).to(alpha.dtype)
 
 
 def _stacked(features: Sequence[Features]) -> tuple[Tensor, Tensor] | None:
@@ -93,6 +92,17 @@ def combine(features: Sequence[Features], alpha: Sequence[Tensor]) -> Tensor:
     return M
 
 
+def responses(f: Features, M: Tensor) -> Tensor:
+    """Return ``u_kᵀ M v_k`` for each feature of one task, (r,)."""
+    return (f.Vh @ M.mT).mul_(f.U.mT).sum(dim=1)
+
+
+def pairs(features: Sequence[Features]) -> int:
+    """Return the number of entries of all blocks above the diagonal of G."""
+    sizes = [f.rank for f in features]
+    return (sum(sizes) ** 2 - sum(r * r for r in sizes)) // 2
+
+
 def gram(features: Sequence[Features]) -> Gram:
     """Choose the cheaper form of G.
 
@@ -101,9 +111,8 @@ def gram(features: Sequence[Features]) -> Gram:
     of the features.
     """
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
-    sizes = [f.rank for f in features]
-    pairs = (sum(sizes) ** 2 - sum(r * r for r in sizes)) // 2
-    affordable = pairs <= max(STACKED, sum(sizes) * max(m, n))
-    if affordable and pairs * (m + n) <= APPLICATIONS * 2 * m * n * sum(sizes):
+    count, entries = sum(f.rank for f in features), pairs(features)
+    affordable = entries <= max(STACKED, count * max(m, n))
+    if affordable and entries * (m + n) <= APPLICATIONS * 2 * m * n * count:
         return Blocks(features)
     return Products(features)

@@ -83,8 +83,14 @@ ROUTES: dict[str, Callable[[Tensor], Features]] = {
 
 
 def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and, as rows, eigenvectors, largest first, from the lower triangle."""
-    values, vectors = torch.linalg.eigh(gram, UPLO="L")
+    """Return eigenvalues and, as rows, eigenvectors, largest first, from the lower triangle.
+
+    The matrix is overwritten: at sides of thousands the driver's own copy of it would decide how
+    much memory a merge needs. Its transpose, in which LAPACK counts, holds the upper triangle.
+    """
+    columns = gram.mT
+    out = gram.new_empty(gram.shape[0]), columns
+    values, vectors = torch.linalg.eigh(columns, UPLO="U", out=out)
     return values.flip(0), vectors.mT.flip(0)
 
 

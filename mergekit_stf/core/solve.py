@@ -11,6 +11,8 @@ to ``WELL_POSED`` the answer is exact; above, eigenvalues of G below a cut-off `
 ``f(x) = (1 - exp(-(x/tau)⁴)) / x``, where ``tau`` rises continuously from 0 to ``CUTOFF``. Along a
 damped direction the tasks ask for incompatible responses to nearly the same feature, and get none
 beyond what they share.
+
+Many tasks are tried by ``sweeps`` first, which solve a well-posed system in fewer passes.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import Gram, gram
+from mergekit_stf.core.sweeps import Swept, swept, worthwhile
 from mergekit_stf.core.tolerances import CUTOFF, ILL_POSED, MAX_ITERATIONS, RESIDUAL, WELL_POSED
 
 
@@ -32,13 +35,14 @@ class Solution:
 
     Attributes:
         alpha: one (r_i,) vector a task.
-        iterations: applications of G.
+        iterations: applications of G, or sweeps.
         residual: ``|G alpha - s| / |s|`` of the system that was solved, (G + ridge I) with a ridge.
         converged: the residual, or the change of a damped solution, came below the tolerance.
         condition: ratio of the extreme Ritz values, a lower bound of the condition of G.
         energy: ``|M|² / Σ|M_i|²`` of the exact solution, or the bound at which it was given up.
         ridge: the ridge that was added to the unit diagonal of G.
         cutoff: eigenvalue below which G was damped; 0 where the answer is exact.
+        M: the merged matrix, (m, n), where the way of solving forms it anyhow.
     """
 
     alpha: tuple[Tensor, ...]
@@ -49,6 +53,7 @@ class Solution:
     energy: float
     ridge: float
     cutoff: float
+    M: Tensor | None = None
 
 
 NOTHING = Solution(
@@ -77,6 +82,10 @@ def solve(
     Returns:
         The solution; whether it converged is part of it.
     """
+    if ridge is None and operator is None and worthwhile(features):
+        exact = swept(features)
+        if exact is not None:
+            return _well_posed(features, exact)
     s = torch.cat([f.s for f in features]).double()
     sizes = [f.rank for f in features]
     scale = float(torch.linalg.vector_norm(s))
@@ -92,6 +101,21 @@ def solve(
         energy=krylov.energy(),
         ridge=ridge or 0.0,
         cutoff=outcome.cutoff,
+    )
+
+
+def _well_posed(features: Sequence[Features], exact: Swept) -> Solution:
+    alpha = torch.split(exact.alpha, [f.rank for f in features])
+    return Solution(
+        alpha=tuple(a.to(f.s.dtype) for a, f in zip(alpha, features, strict=True)),
+        iterations=exact.sweeps,
+        residual=exact.residual,
+        converged=True,
+        condition=exact.condition,
+        energy=exact.energy,
+        ridge=0.0,
+        cutoff=0.0,
+        M=exact.M,
     )
 
 

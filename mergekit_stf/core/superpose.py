@@ -138,7 +138,7 @@ def _superpose(
             RuntimeWarning,
             stacklevel=3,
         )
-    M = combine(present, solution.alpha)
+    M = combine(present, solution.alpha) if solution.M is None else solution.M
     return Superposition(M, _report(features, solution, M, samples))
 
 
@@ -207,6 +207,6 @@ def assembled_report(
 def _overlaps(samples: list[Tensor]) -> Tensor:
     """Return the cosines between the sampled task matrices, (T, T), 0 for a zero matrix."""
     stacked = torch.stack(samples).double()
-    lengths = torch.linalg.vector_norm(stacked, dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-    stacked /= lengths.unsqueeze(1)
-    return (stacked @ stacked.mT).cpu()
+    inner = stacked @ stacked.mT
+    lengths = inner.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return (inner / lengths / lengths.unsqueeze(1)).cpu()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -31,16 +31,36 @@ _sharing = threading.Lock()
 def over_tasks(work: Callable[[Tensor], Result], matrices: Iterable[Tensor]) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, as many at a time as cores and memory allow.
 
-    Matrices are taken from the iterable only when they are worked on.
+    Whole rounds, a matrix for each worker, follow each other without a wait in between; those that
+    are left over at the end share all cores. Matrices are taken from the iterable a round ahead.
     """
-    results: list[Result] = []
     rest = iter(matrices)
-    for first in rest:
-        batch = [first, *islice(rest, _at_a_time(first) - 1)]
-        with _shared_cores(len(batch)) as pool:
-            run = map if pool is None else pool.map
-            results += run(torch.no_grad()(work), batch)
-    return results
+    first = next(rest, None)
+    if first is None:
+        return []
+    rest, workers = chain([first], rest), _at_a_time(first)
+    work = torch.no_grad()(work)
+    with _shared_cores(workers) as pool:
+        if pool is None:
+            return list(map(work, rest))
+        running: list[Future[Result]] = []
+        try:
+            while len(batch := list(islice(rest, workers))) == workers:
+                for M in batch:
+                    _wait_for_one(running, workers)
+                    running.append(pool.submit(work, M))
+        finally:
+            wait(running)
+    results = [future.result() for future in running]
+    with _shared_cores(len(batch)) as pool:
+        return results + list((map if pool is None else pool.map)(work, batch))
+
+
+def _wait_for_one(running: list[Future[Result]], workers: int) -> None:
+    """Return when fewer matrices than workers are worked on."""
+    busy = [future for future in running if not future.done()]
+    if len(busy) == workers:
+        wait(busy, return_when=FIRST_COMPLETED)
 
 
 def _at_a_time(M: Tensor) -> int:
@@ -54,9 +74,9 @@ def _at_a_time(M: Tensor) -> int:
 def _shared_cores(workers: int) -> Iterator[ThreadPoolExecutor | None]:
     """Divide torch's threads, which are counted for the whole process, among the workers.
 
-    Nothing is divided for one worker, nor while another thread of the process does the same.
+    Nothing is divided for one worker or none, nor while another thread of the process shares.
     """
-    if workers == 1 or not _sharing.acquire(blocking=False):
+    if workers < 2 or not _sharing.acquire(blocking=False):
         yield None
         return
     threads = torch.get_num_threads()

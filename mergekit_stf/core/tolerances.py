@@ -8,6 +8,9 @@ RANK = 1e-6
 RESIDUAL = {torch.float32: 2e-7, torch.float64: 1e-14}
 """The solve stops when ``|G alpha - s| <= RESIDUAL * |s|``, near the rounding of its products."""
 
+VERIFIED = {torch.float32: 1e-6, torch.float64: 1e-13}
+"""Residual that the responses of the finished M may show, with the rounding of measuring them."""
+
 MAX_ITERATIONS = 400
 """Lanczos steps before the solve gives up; well-posed systems need 5 to 15."""
 

@@ -53,17 +53,64 @@ def test_an_error_ends_the_batch_and_restores_the_cores():
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_large_matrices_come_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(threads, "WORKSPACE", 2 * threads.SQUARES * 64)
-    taken = []
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_matrices_are_taken_at_most_a_round_ahead(workers, monkeypatch):
+    monkeypatch.setattr(threads, "WORKSPACE", workers * threads.SQUARES * 64)
+    taken, done, ahead, at_once = [], [], [], []
 
     def source():
-        for M in matrices(5):
-            taken.append(float(M[0, 0]))
+        for M in matrices(11):
+            taken.append(M)
             yield M
 
-    found = over_tasks(lambda M: len(taken), source())
-    assert list(found) == [2, 2, 4, 4, 5]
+    def work(M):
+        ahead.append(len(taken) - len(done))
+        at_once.append(torch.get_num_threads())
+        done.append(M)
+        return float(M[0, 0])
+
+    assert over_tasks(work, source()) == list(map(float, range(11)))
+    assert max(ahead) <= 2 * workers
+    assert at_once[0] == 4 // workers
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_worker_that_is_done_takes_the_next_matrix(monkeypatch):
+    """The first matrix ends only when the fifth, of the third round, has been worked on."""
+    fifth = threading.Event()
+
+    def work(M):
+        number = int(M[0, 0])
+        if number == 4:
+            fifth.set()
+        return number or fifth.wait(60)
+
+    monkeypatch.setattr(threads, "WORKSPACE", 2 * threads.SQUARES * 64)
+    assert over_tasks(work, matrices(6)) == [True, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_what_is_left_over_shares_all_cores():
+    assert over_tasks(lambda M: torch.get_num_threads(), matrices(5)) == [1, 1, 1, 1, 4]
+    assert over_tasks(lambda M: torch.get_num_threads(), matrices(6)) == [1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_an_error_of_the_source_waits_for_what_is_running():
+    running, done = [], []
+
+    def source():
+        yield from matrices(4)
+        raise ZeroDivisionError
+
+    def work(M):
+        running.append(M)
+        done.append(M)
+
+    with pytest.raises(ZeroDivisionError):
+        over_tasks(work, source())
+    assert len(running) == len(done) == 4
+    assert torch.get_num_threads() == 4
 
 
 @pytest.mark.usefixtures("four_threads")
