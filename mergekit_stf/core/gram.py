@@ -10,7 +10,7 @@ linear in T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Protocol
 
 import torch
@@ -21,8 +21,8 @@ from mergekit_stf.core.features import Features
 APPLICATIONS = 12
 """Applications of G that a solve is expected to need, for choosing between the two."""
 
-STACKED = 2**26
-"""Entries of all features up to which a second copy of them is small, 256 MB in float32."""
+SMALL = 2**26
+"""Entries of all blocks up to which they are small, 256 MB in float32."""
 
 
 class Gram(Protocol):
@@ -34,25 +34,14 @@ class Gram(Protocol):
 
 
 class Blocks:
-    """G by its blocks above the diagonal, ``(U_iᵀ U_j) ∘ (V_iᵀ V_j)``, i < j.
-
-    Where a second copy of the features is small, each task meets all later ones in one product.
-    """
+    """G by its blocks above the diagonal, ``(U_iᵀ U_j) ∘ (V_iᵀ V_j)``, i < j."""
 
     def __init__(self, features: Sequence[Features]) -> None:
-        ends = list(accumulate(f.rank for f in features))
+        ends = accumulate(f.rank for f in features)
         spans = [slice(end - f.rank, end) for f, end in zip(features, ends, strict=True)]
-        stacked = _stacked(features)
         self.blocks: list[tuple[slice, slice, Tensor]] = []
-        for i, first in enumerate(features[:-1]):
-            if stacked is None:
-                later = [(spans[j], f.U, f.Vh) for j, f in enumerate(features) if j > i]
-            else:
-                rest = slice(ends[i], ends[-1])
-                later = [(rest, stacked[0][rest].mT, stacked[1][rest])]
-            for columns, U, Vh in later:
-                block = (first.U.mT @ U).mul_(first.Vh @ Vh.mT)
-                self.blocks.append((spans[i], columns, block))
+        for (rows, f), (columns, g) in combinations(zip(spans, features, strict=True), 2):
+            self.blocks.append((rows, columns, (f.U.mT @ g.U).mul_(f.Vh @ g.Vh.mT)))
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
@@ -74,13 +63,6 @@ class Products:
         """Return ``G alpha``."""
         M = combine(self.features, torch.split(alpha, self.sizes))
         return torch.cat([responses(f, M) for f in self.features]).to(alpha.dtype)
-
-
-def _stacked(features: Sequence[Features]) -> tuple[Tensor, Tensor] | None:
-    """Return all output and input features as rows, (r, m) and (r, n), if a copy is affordable."""
-    if sum(f.U.numel() + f.Vh.numel() for f in features) > STACKED:
-        return None
-    return torch.cat([f.U.mT for f in features]), torch.cat([f.Vh for f in features])
 
 
 def combine(features: Sequence[Features], alpha: Sequence[Tensor]) -> Tensor:
@@ -112,7 +94,7 @@ def gram(features: Sequence[Features]) -> Gram:
     """
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
     count, entries = sum(f.rank for f in features), pairs(features)
-    affordable = entries <= max(STACKED, count * max(m, n))
+    affordable = entries <= max(SMALL, count * max(m, n))
     if affordable and entries * (m + n) <= APPLICATIONS * 2 * m * n * count:
         return Blocks(features)
     return Products(features)

@@ -126,20 +126,20 @@ def separate_tail(image: Tensor, Vh: Tensor, below: float = TAIL) -> tuple[Tenso
     """Diagonalise again, within its own span, what the rounding of a larger Gram matrix blurs.
 
     Args:
-        image: (n, m), ``Vh Mᵀ``, one ``b_kᵀ = (M v_k)ᵀ`` a row.
+        image: (n, m), ``Vh Mᵀ``, one ``b_kᵀ = (M v_k)ᵀ`` a row, in the order of their lengths but
+            for rounding.
         Vh: (n, n), orthonormal.
         below: length, relative to the longest image, under which images count as blurred.
 
     Returns:
-        Both after the same rotation of rows, the longest image first.
+        Both after the same rotation of rows, again in that order.
     """
-    order = torch.linalg.vector_norm(image, dim=1).argsort(descending=True)
-    image, Vh = image[order], Vh[order]
-    start, top = 0, torch.linalg.vector_norm(image[0])
+    start, top = 0, torch.linalg.vector_norm(image, dim=1).max()
     while True:
         length = torch.linalg.vector_norm(image[start:], dim=1)
-        step = int(torch.count_nonzero(length > below * length[0]))
-        if start + step >= Vh.shape[0] or length[0] <= RANK * top or not step:
+        longest = length.max()
+        step = int(torch.count_nonzero(length > below * longest))
+        if start + step >= Vh.shape[0] or longest <= RANK * top or not step:
             return image, Vh
         start += step
         tail = image[start:]

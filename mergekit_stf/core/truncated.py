@@ -99,10 +99,11 @@ class _Krylov:
         squares, R = eigen(lower_gram(image.mT, image.dtype))
         if squares[min(count, self.size) - 1] > BLURRED * squares[0]:
             R = R[:count]
-        Uh, Vh = (rows[:count] for rows in separate_tail(R @ image, R @ basis))
-        s = torch.linalg.vector_norm(Uh, dim=1)
-        kept = int(torch.count_nonzero(s > RANK * s[0]))
-        Vh, s, Uh = Vh[:kept], s[:kept], Uh[:kept] / s[:kept].unsqueeze(1)
+        Uh, Vh = separate_tail(R @ image, R @ basis)
+        s, order = torch.linalg.vector_norm(Uh, dim=1).sort(descending=True)
+        order = order[: min(count, int(torch.count_nonzero(s > RANK * s[0])))]
+        Vh, s = Vh[order], s[: order.numel()]
+        Uh = Uh[order].div_(s.unsqueeze(1))
         residual = torch.linalg.vector_norm(torch.addmm(Vh * s.unsqueeze(1), Uh, self.M, beta=-1))
         return Features(Uh.mT, s, Vh, "krylov"), float(residual / torch.linalg.vector_norm(s))
 
