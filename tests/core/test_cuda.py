@@ -31,8 +31,17 @@ def test_every_route_equals_the_oracle(route, shape, density):
     assert error <= (1e-4 if route in ("svd", "gram_float32", "gram_refined") else 1e-5)
 
 
-def test_same_bytes_again():
-    inputs = [M.cuda() for M in matrices((300, 200), 4)]
+def test_many_tasks_equal_the_oracle():
+    inputs = matrices((96, 80), 24)
+    expected = oracle.superpose([M.double().numpy() for M in inputs])
+    result = superpose([M.cuda() for M in inputs]).M
+    error = np.linalg.norm(result.double().cpu().numpy() - expected) / np.linalg.norm(expected)
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("tasks", [4, 16])
+def test_same_bytes_again(tasks):
+    inputs = [M.cuda() for M in matrices((300, 200), tasks)]
     assert torch.equal(superpose(inputs).M, superpose(inputs).M)
 
 

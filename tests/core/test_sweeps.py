@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mergekit_stf.core import decompose, solve, superpose
 from mergekit_stf.core.gram import Products, combine, gram
+from mergekit_stf.core.routes import ROUTES
 from mergekit_stf.core.solve import Lanczos
 from mergekit_stf.core.sweeps import FEWEST, swept, worthwhile
 from mergekit_stf.core.tolerances import WELL_POSED
@@ -150,3 +151,32 @@ def test_every_constraint_is_met_by_the_shortest_matrix(m, n, rank, tasks, seed)
         assert float((responses - f.s).abs().max()) <= 1e-10 * float(f.s[0])
     s = torch.cat([f.s for f in features])
     assert float(found.M.square().sum()) == pytest.approx(float(s @ found.alpha), rel=1e-10)
+
+
+@pytest.fixture
+def swept_only(monkeypatch):
+    """Fail where the Lanczos process would step in."""
+    monkeypatch.setattr(Lanczos, "step", None)
+
+
+def apart(M, expected):
+    return float((M - expected).norm() / expected.norm())
+
+
+@pytest.mark.usefixtures("swept_only")
+@pytest.mark.parametrize("route", ["auto", *ROUTES])
+def test_laws_of_many_tasks(route):
+    """Order, scale, transposition and a duplicate, which counts once."""
+    limit = 2e-5 if route in ("auto", "gram_float64") else 2e-3
+    matrices = [draw(seed, 72, 64) for seed in range(MANY)]
+    M = superpose(matrices, route=route).M
+    assert apart(superpose(matrices[::-1], route=route).M, M) <= limit
+    assert apart(superpose([3 * A for A in matrices], route=route).M, 3 * M) <= limit
+    assert apart(superpose([A.mT for A in matrices], route=route).M.mT, M) <= limit
+    assert apart(superpose([*matrices, matrices[3]], route=route).M, M) <= limit
+
+
+@pytest.mark.usefixtures("swept_only")
+def test_the_same_bytes_again():
+    matrices = [draw(seed, 72, 64) for seed in range(MANY)]
+    assert torch.equal(superpose(matrices).M, superpose(matrices).M)
