@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-WORKSPACE = 2**29
+WORKSPACE = 3 * 2**28
 """Bytes that the decompositions running at a time may need together."""
 
 SQUARES = 32
@@ -31,43 +32,75 @@ _sharing = threading.Lock()
 def over_tasks(work: Callable[[Tensor], Result], matrices: Iterable[Tensor]) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, as many at a time as cores and memory allow.
 
-    Whole rounds, a matrix for each worker, follow each other without a wait in between; those that
-    are left over at the end share all cores. Matrices are taken from the iterable a round ahead.
+    Rounds of a matrix for each worker follow each other without a wait in between. What is left
+    over at the end is worked on together with the last round: three matrices at once on two cores
+    take less time than two and then one, as that one would gain little from a core of its own.
+    Matrices are taken from the iterable a round ahead.
     """
     rest = iter(matrices)
-    first = next(rest, None)
-    if first is None:
+    taken = deque(islice(rest, 1))
+    if not taken:
         return []
-    rest, workers = chain([first], rest), _at_a_time(first)
-    work = torch.no_grad()(work)
-    with _shared_cores(workers) as pool:
+    work, workers = torch.no_grad()(work), _workers(min(taken[0].shape), taken[0].device)
+    taken.extend(islice(rest, workers - 1))
+    with _shared_cores(len(taken)) as pool:
         if pool is None:
-            return list(map(work, rest))
-        running: list[Future[Result]] = []
-        try:
-            while len(batch := list(islice(rest, workers))) == workers:
-                for M in batch:
-                    _wait_for_one(running, workers)
-                    running.append(pool.submit(work, M))
-        finally:
-            wait(running)
-    results = [future.result() for future in running]
-    with _shared_cores(len(batch)) as pool:
-        return results + list((map if pool is None else pool.map)(work, batch))
+            return _one_by_one(work, taken, rest)
+        return _in_rounds(pool, work, taken, rest, workers)
+
+
+def _one_by_one(
+    work: Callable[[Tensor], Result], taken: deque[Tensor], rest: Iterator[Tensor]
+) -> list[Result]:
+    """Hold no matrix that has been worked on."""
+    results = []
+    while taken:
+        results.append(work(taken.popleft()))
+        taken.extend(islice(rest, 0 if taken else 1))
+    return results
+
+
+def _in_rounds(
+    pool: ThreadPoolExecutor,
+    work: Callable[[Tensor], Result],
+    now: deque[Tensor],
+    rest: Iterator[Tensor],
+    workers: int,
+) -> list[Result]:
+    running: list[Future[Result]] = []
+    try:
+        while now:
+            ahead: deque[Tensor] = deque()
+            while now:
+                _wait_for_one(running, workers)
+                running.append(pool.submit(work, now.popleft()))
+                ahead.extend(islice(rest, 1))
+            while 0 < len(ahead) < workers:
+                running.append(pool.submit(work, ahead.popleft()))
+            now = ahead
+    finally:
+        wait(running)
+    return [future.result() for future in running]
 
 
 def _wait_for_one(running: list[Future[Result]], workers: int) -> None:
     """Return when fewer matrices than workers are worked on."""
     busy = [future for future in running if not future.done()]
-    if len(busy) == workers:
+    if len(busy) >= workers:
         wait(busy, return_when=FIRST_COMPLETED)
 
 
-def _at_a_time(M: Tensor) -> int:
-    if M.device.type != "cpu":
+def workspace(side: int, tasks: int, device: torch.device) -> int:
+    """Return the bytes that decompositions of a smaller side need besides matrices and features."""
+    return SQUARES * side**2 * min(tasks, 2 * _workers(side, device) - 1)
+
+
+def _workers(side: int, device: torch.device) -> int:
+    """Return how many workers there can be: the last round is of up to twice as many, less one."""
+    if device.type != "cpu":
         return 1
-    room = WORKSPACE // (SQUARES * max(1, min(M.shape)) ** 2)
-    return max(1, min(torch.get_num_threads(), room))
+    room = WORKSPACE // (SQUARES * max(1, side) ** 2)
+    return max(1, min(torch.get_num_threads(), (room + 1) // 2))
 
 
 @contextmanager
@@ -92,7 +125,7 @@ def _shared_cores(workers: int) -> Iterator[ThreadPoolExecutor | None]:
 @lru_cache
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Keep threads between weights: new ones lose a tenth to their first allocations."""
-    return ThreadPoolExecutor(workers, "stf", torch.set_num_threads, (threads,))
+    return ThreadPoolExecutor(2 * workers - 1, "stf", torch.set_num_threads, (threads,))
 
 
 if hasattr(os, "register_at_fork"):

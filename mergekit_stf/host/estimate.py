@@ -15,6 +15,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.threads import workspace
 from mergekit_stf.host.calibrate import kind_of, measure_kinds
 from mergekit_stf.host.headers import header_of
 from mergekit_stf.host.planned import PlannedWeight
@@ -72,7 +73,7 @@ def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Pa
     mapped = _input_bytes(weights)
     files = _file_seconds(mapped, store + output, folder)
     merging = sum(by_weight.values())
-    work = max((_working_bytes(weight) for weight in weights), default=0)
+    work = max((_working_bytes(weight, device) for weight in weights), default=0)
     on_card = device.type == "cuda"
     shard = min(output, options.out_shard_size)
     return Estimate(
@@ -109,11 +110,11 @@ def _input_bytes(weights: Sequence[PlannedWeight]) -> int:
     return sum(torch.Size(header.shape).numel() * header.dtype.itemsize for header in headers)
 
 
-def _working_bytes(weight: PlannedWeight) -> int:
+def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     """Count what one weight needs while it is merged.
 
     Float32 copies of the base, one task matrix and the result; for a decomposition besides, the
-    features of every task and the work space of one, matrix by matrix of a stack.
+    features of every task and the work space of those at a time, matrix by matrix of a stack.
     """
     one = _matrix_bytes(weight)
     if weight.rule != "superpose":
@@ -122,7 +123,8 @@ def _working_bytes(weight: PlannedWeight) -> int:
     part = one // (stack[0] if stack else 1)
     side = min(rows, columns)
     features = part * side // columns + part * side // rows
-    return 2 * one + 3 * part + len(weight.models) * features + 2 * features
+    tasks = len(weight.models)
+    return 2 * one + 3 * part + tasks * features + workspace(side, tasks, device)
 
 
 def _file_seconds(hashed: int, written: int, folder: Path) -> float:

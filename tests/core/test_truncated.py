@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_stf.core import superpose
+from mergekit_stf.core import superpose, truncated
 from mergekit_stf.core.truncated import leading, low_rank
 from tests import oracle
 
@@ -99,3 +99,18 @@ def test_same_bytes_again():
     first, second = leading(M, 40), leading(M, 40)
     assert torch.equal(first.U, second.U)
     assert torch.equal(first.Vh, second.Vh)
+
+
+def test_a_low_rank_that_a_part_does_not_tell_is_left_to_the_sketch(monkeypatch):
+    """And one that it tells needs no sketch: the part alone decides for most matrices."""
+    generator = torch.Generator().manual_seed(3)
+    part_of_low_rank = torch.randn(320, 320, generator=generator)
+    part_of_low_rank[::8] = 0
+    part_of_low_rank[::8, 0] = 1
+    sketches = []
+    start = truncated._start
+    monkeypatch.setattr(truncated, "_start", lambda *given: sketches.append(given) or start(*given))
+    assert low_rank(torch.randn(320, 320, generator=generator)) is None
+    assert not sketches
+    assert low_rank(part_of_low_rank) is None
+    assert sketches
