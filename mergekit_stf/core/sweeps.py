@@ -6,11 +6,13 @@ feature what its response still lacks, ``z_i = s_i - diag(U_iᵀ (M + Z) V_i)`` 
 ``Z += U_i diag(z_i) V_iᵀ``, the two products a task of one application of G. The corrections are
 made conjugate to earlier ones, so that M is the matrix of their span that is nearest to the answer.
 
-A sweep costs what a step of the Lanczos process does and takes the error much further down: by 0.19
-instead of 0.34 where the features are an eighth as many as the entries (64 tasks of 512×512), the
-more the fewer they are. The order of the tasks must not change: sweeps in both directions, or in
-new orders, converge like the Lanczos process. What sweeps cannot do is to look at G: a system
-whose energy shows that it is ill-posed is left to ``solve``.
+A sweep costs what a step of the Lanczos process does and takes the error much further down. With
+``c`` features an entry of M, in general position, what a task lacks at its turn is the noise of the
+others' last corrections, ``f_k(t) = c (∫_0^t f_k + ∫_t^1 f_{k-1})`` in squares over the sweep, so
+that a sweep multiplies the error by √λ with ``ln λ = c (1 - 1/λ)``, a Lanczos step by √c: 0.19 and
+0.35 for 64 tasks of 512×512, 0.10 and 0.22 for 24. The order of the tasks must not change: sweeps
+in both directions, or in new orders, converge like the Lanczos process. What sweeps cannot do is to
+look at G: a system whose energy shows that it is ill-posed is left to ``solve``.
 """
 
 from __future__ import annotations

@@ -144,11 +144,12 @@ def low_rank(M: Tensor) -> Features | None:
 def _part_exceeds(M: Tensor, rank: int) -> bool:
     """Say whether an evenly spaced part of M, little larger than the rank, shows M to exceed it.
 
-    The singular values of a part are no larger than those of the whole.
+    The singular values of a part are no larger than those of the whole. Those of so small a part
+    are found on the CPU, where no kernels have to be launched for them one after another.
     """
     side = rank + PROBE
     part = M[:: M.shape[0] // side, :: M.shape[1] // side][:side, :side]
-    smallest = torch.linalg.svdvals(part)[rank]
+    smallest = float(torch.linalg.svdvals(part.cpu())[rank])
     return bool(smallest > RANK * torch.linalg.vector_norm(M))
 
 

@@ -1,6 +1,7 @@
 """Gauss-Seidel sweeps over many tasks, against dense algebra and the Lanczos process."""
 
 import sys
+from math import log
 
 import pytest
 import torch
@@ -70,6 +71,17 @@ def test_it_takes_fewer_passes_than_the_lanczos_process():
     features = many(24, 192, 160)
     passes = solve(features, operator=Products(features)).iterations
     assert swept(features).sweeps + 1 <= 0.75 * passes
+
+
+@pytest.mark.parametrize("tasks", [12, 18, 24])
+def test_the_rate_is_the_one_of_features_in_general_position(tasks):
+    """The root of ``ln λ = c (1 - 1/λ)`` other than 1, by iteration of ``1/λ = 1 - ln(λ) / c``."""
+    c = tasks / 96
+    inverse = 1 / c**2
+    for _ in range(60):
+        inverse = 1 + log(inverse) / c
+    sweeps = swept(many(tasks, 96, 96, torch.float64)).sweeps
+    assert sweeps == pytest.approx(log(1e14) / log(inverse**0.5), abs=1.5)
 
 
 def test_many_tasks_are_swept_and_agree_with_the_oracle():
