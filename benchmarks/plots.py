@@ -29,7 +29,7 @@ def numbers(data: dict[str, dict]) -> list[tuple[float, dict]]:
 
 def scaling() -> None:
     """Time and memory over the number of models."""
-    points = numbers(figures("scaling"))
+    points = numbers(figures("epyc/scaling"))
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     tasks = [t for t, _ in points]
     left.loglog(tasks, [p["ours"]["median"] for _, p in points], "o-", label="this package")

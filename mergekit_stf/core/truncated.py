@@ -6,7 +6,7 @@ numbers, and both check their answer and return nothing when it is not good enou
 
 from __future__ import annotations
 
-from math import ceil, inf, log
+from math import ceil, log
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ LARGEST_SPACE = 0.7
 BLOCKS = 16
 """Blocks in which a Krylov space reaches the number of features that are wanted."""
 
+NARROWEST = 32
+"""Columns of a block at least, or a 64th of all: M has to be read for fewer, too, as slowly."""
+
 FIRST = 2.2
 """Size of the space, in features wanted, at which convergence is looked for first."""
 
 STEP = 0.25
-"""And by how much it grows between looks."""
+"""And by how much it grows between looks, if that is a block or more."""
 
 PROBE = 16
 """A rank below ``min(m, n) / PROBE`` is recognised."""
@@ -57,26 +60,31 @@ def leading(M: Tensor, count: int) -> Features | None:
     n = M.shape[1]
     if n < SMALLEST or count > LARGEST_FRACTION * n:
         return None
-    krylov = _Krylov(M, ceil(count / BLOCKS), int(LARGEST_SPACE * n))
-    before, step = inf, ceil(STEP * count)
-    for size in range(ceil(FIRST * count), int(LARGEST_SPACE * n), step):
+    width = max(ceil(count / BLOCKS), min(NARROWEST, n // 64))
+    krylov = _Krylov(M, width, int(LARGEST_SPACE * n))
+    first, start, step = 0.0, ceil(FIRST * count), max(width, ceil(STEP * count))
+    for size in range(start, int(LARGEST_SPACE * n), step):
         krylov.grow(size)
         found, residual = krylov.ritz(count)
         if residual <= TRUNCATED:
             return found
-        steps = log(residual / TRUNCATED) / max(log(before / residual), 1e-9)
-        if size + steps * step > LARGEST_SPACE * n:
-            return None
-        before = residual
+        if first:
+            remaining = log(residual / TRUNCATED) / max(log(first / residual), 1e-9)
+            if size + remaining * (size - start) > LARGEST_SPACE * n:
+                return None
+        first = first or residual
     return None
 
 
 class _Krylov:
-    """An orthonormal basis of a block Krylov space of MᵀM, and its image under M, by rows."""
+    """An orthonormal basis of a block Krylov space of MᵀM, and its image under M, by rows.
+
+    A copy of ``Mᵀ`` lets both products read their matrix by rows, in four fifths of the time.
+    """
 
     def __init__(self, M: Tensor, width: int, limit: int) -> None:
         m, n = M.shape
-        self.M, self.width, self.size = M, width, 0
+        self.M, self.adjoint, self.width, self.size = M, M.mT.contiguous(), width, 0
         self.basis, self.image = M.new_empty(limit + width, n), M.new_empty(limit + width, m)
         self._append(_orthonormal(_start(n, width, M)).mT)
 
@@ -87,7 +95,7 @@ class _Krylov:
         one; taken out first, they leave to the full projection what rounding brings back.
         """
         while self.size < size:
-            X = self.image[self.size - self.width : self.size] @ self.M
+            X = _applied(self.adjoint, self.image[self.size - self.width : self.size])
             for start in (max(0, self.size - 2 * self.width), 0):
                 known = self.basis[start : self.size]
                 X = _orthonormal(torch.addmm(X, X @ known.mT, known, alpha=-1).mT).mT
@@ -110,8 +118,13 @@ class _Krylov:
     def _append(self, X: Tensor) -> None:
         rows = slice(self.size, self.size + X.shape[0])
         self.basis[rows] = X
-        torch.mm(X, self.M.mT, out=self.image[rows])
+        self.image[rows] = _applied(self.M, X)
         self.size = rows.stop
+
+
+def _applied(A: Tensor, rows: Tensor) -> Tensor:
+    """Return A times each of a few rows, as rows."""
+    return (A @ rows.mT.contiguous()).mT
 
 
 def low_rank(M: Tensor) -> Features | None:
