@@ -47,7 +47,7 @@ def scaling() -> None:
 
 def truncation() -> None:
     """Gain and error over rank."""
-    points = numbers(figures("truncation"))
+    points = numbers(figures("epyc/truncation"))
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     ranks = [r for r, _ in points]
     left.plot(ranks, [p["ratio"]["median"] for _, p in points], "o-")

@@ -114,3 +114,12 @@ def test_a_low_rank_that_a_part_does_not_tell_is_left_to_the_sketch(monkeypatch)
     assert not sketches
     assert low_rank(part_of_low_rank) is None
     assert sketches
+
+
+def test_a_large_matrix_is_read_a_few_times_for_a_few_features(monkeypatch):
+    """Blocks of two columns, a sixteenth of the features, would read it thirty times and more."""
+    M, reads = decaying(1024, 1024, 4), []
+    applied = truncated._applied
+    monkeypatch.setattr(truncated, "_applied", lambda *x: reads.append(x) or applied(*x))
+    assert leading(M, 20).rank == 20
+    assert len(reads) <= 16
