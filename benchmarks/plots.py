@@ -1,4 +1,4 @@
-"""Draw the plots of docs/performance.md from the figures under benchmarks/results.
+"""Draw the plots of docs/performance.md from the figures under benchmarks/results/epyc.
 
 python benchmarks/plots.py
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from harness import RESULTS
 
+FIGURES = RESULTS / "epyc"
 FOLDER = Path(__file__).parent.parent / "docs" / "performance"
 
 
 def figures(name: str) -> dict[str, dict]:
     """Read one benchmark's figures."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((FIGURES / f"{name}.json").read_text())
 
 
 def numbers(data: dict[str, dict]) -> list[tuple[float, dict]]:
@@ -29,7 +30,7 @@ def numbers(data: dict[str, dict]) -> list[tuple[float, dict]]:
 
 def scaling() -> None:
     """Time and memory over the number of models."""
-    points = numbers(figures("epyc/scaling"))
+    points = numbers(figures("scaling"))
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     tasks = [t for t, _ in points]
     left.loglog(tasks, [p["ours"]["median"] for _, p in points], "o-", label="this package")
@@ -47,7 +48,7 @@ def scaling() -> None:
 
 def truncation() -> None:
     """Gain and error over rank."""
-    points = numbers(figures("epyc/truncation"))
+    points = numbers(figures("truncation"))
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     ranks = [r for r, _ in points]
     left.plot(ranks, [p["ratio"]["median"] for _, p in points], "o-")
@@ -66,6 +67,5 @@ def save(fig: plt.Figure, name: str) -> None:
 
 
 if __name__ == "__main__":
-    for draw in (scaling, truncation):
-        if (RESULTS / f"{draw.__name__}.json").exists():
-            draw()
+    scaling()
+    truncation()
