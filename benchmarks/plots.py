@@ -43,6 +43,12 @@ def scaling() -> None:
     left.legend()
     right.loglog(tasks, [p["bytes"] / 2**20 for _, p in points], "o-")
     right.set(xlabel="models T", ylabel="MiB above an idle process", title="peak memory")
+    for axis in (left, right):
+        axis.set_xticks(tasks, [f"{t:g}" for t in tasks])
+    sizes = [2**k for k in range(5, 10)]
+    right.set_yticks(sizes, list(map(str, sizes)))
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.set_minor_locator(plt.NullLocator())
     save(fig, "scaling")
 
 
