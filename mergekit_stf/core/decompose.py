@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,8 +68,7 @@ def decompose(
     count = kept_rank((M.shape[0], M.shape[1]), rank)
     rows, columns = _occupied(M, 1), _occupied(M, 0)
     if bool(rows.all() & columns.all()):
-        shortcut = _shortcut(M, count) if route == "auto" else None
-        return (shortcut or _attempt(M, route, source_dtype, name)).leading(count)
+        return _attempt(M, count, route, source_dtype, name).leading(count)
     if not bool(columns.any()):
         empty = M.new_zeros(0)
         return Features(M[:, :0], empty, M[:0], "zero")
@@ -97,15 +97,19 @@ def _spread(core: Features, rows: Tensor, columns: Tensor) -> Features:
     return Features(U, core.s, Vh, core.route)
 
 
-def _attempt(M: Tensor, route: str, source_dtype: torch.dtype, name: str) -> Features:
-    """Try the route, then the library's SVD, then float64 on the CPU, with one warning."""
-    chosen = choose_route(M, source_dtype) if route == "auto" else route
+def _attempt(M: Tensor, count: int, route: str, source_dtype: torch.dtype, name: str) -> Features:
+    """Try a shortcut, the route, the library's SVD, float64 on the CPU, with one warning."""
+    drivers: dict[str, Callable[[Tensor], Features | None]] = dict(ROUTES)
+    drivers |= {"shortcut": lambda M: _shortcut(M, count), "cpu": _on_cpu}
+    chosen = ("shortcut", choose_route(M, source_dtype)) if route == "auto" else (route,)
     failures: list[str] = []
-    for attempt in dict.fromkeys((chosen, "svd", "cpu")):
+    for attempt in dict.fromkeys((*chosen, "svd", "cpu")):
         try:
-            found = _on_cpu(M) if attempt == "cpu" else ROUTES[attempt](M)
+            found = drivers[attempt](M)
         except RuntimeError as error:
             failures.append(f"{attempt}: {str(error).splitlines()[0]}")
+            continue
+        if found is None:
             continue
         if not (found.rank and bool(torch.isfinite(found.s).all())):
             failures.append(f"{attempt}: result is not finite")

@@ -40,6 +40,9 @@ STEP = 0.25
 PROBE = 16
 """A rank below ``min(m, n) / PROBE`` is recognised."""
 
+MARGIN = 16
+"""Rows and columns of the part that is looked at first, beyond that rank."""
+
 
 def leading(M: Tensor, count: int) -> Features | None:
     """Return the ``count`` leading features of M by a randomised block Krylov method.
@@ -160,7 +163,7 @@ def _part_exceeds(M: Tensor, rank: int) -> bool:
     The singular values of a part are no larger than those of the whole. Those of so small a part
     are found on the CPU, where no kernels have to be launched for them one after another.
     """
-    side = rank + PROBE
+    side = rank + MARGIN
     part = M[:: M.shape[0] // side, :: M.shape[1] // side][:side, :side]
     smallest = float(torch.linalg.svdvals(part.cpu())[rank])
     return bool(smallest > RANK * torch.linalg.vector_norm(M))

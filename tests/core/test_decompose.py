@@ -62,6 +62,20 @@ def test_a_driver_that_returns_nan_is_replaced(monkeypatch):
     torch.testing.assert_close(found.s, expected.s)
 
 
+@pytest.mark.parametrize(("driver", "rank"), [("svdvals", 1.0), ("qr", 0.1)])
+def test_a_shortcut_that_fails_is_replaced_by_the_exact_route(monkeypatch, driver, rank):
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("did not converge\nmore")
+
+    M = matrix(300, 280)
+    expected = torch.linalg.svdvals(M)
+    monkeypatch.setattr(torch.linalg, driver, fail)
+    with pytest.warns(RuntimeWarning, match=r"w: decomposed by gram_float64 \(shortcut: did not"):
+        found = decompose(M, rank, name="w")
+    torch.testing.assert_close(found.s, expected[: found.rank], rtol=1e-5, atol=1e-5)
+    assert found.rank == int(rank * 280)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_eigenvectors_take_the_place_of_the_matrix(monkeypatch, dtype):
     """At 8192 × 8192 one copy more would be half a gigabyte."""
