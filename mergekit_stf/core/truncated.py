@@ -87,7 +87,7 @@ class _Krylov:
 
     def __init__(self, M: Tensor, width: int, limit: int) -> None:
         m, n = M.shape
-        self.M, self.adjoint, self.width, self.size = M, M.mT.contiguous(), width, 0
+        self.M, self.adjoint, self.width, self.size = M.contiguous(), M.mT.contiguous(), width, 0
         self.basis, self.image = M.new_empty(limit + width, n), M.new_empty(limit + width, m)
         self._append(_orthonormal(_start(n, width, M)).mT)
 

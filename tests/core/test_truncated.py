@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_stf.core import superpose, truncated
+from mergekit_stf.core import decompose, superpose, truncated
 from mergekit_stf.core.truncated import leading, low_rank
 from tests import oracle
 
@@ -114,6 +114,17 @@ def test_a_low_rank_that_a_part_does_not_tell_is_left_to_the_sketch(monkeypatch)
     assert not sketches
     assert low_rank(part_of_low_rank) is None
     assert sketches
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+def test_both_products_read_their_matrix_by_rows(shape, monkeypatch):
+    """A wide matrix comes as a transposed view."""
+    reads, applied = [], truncated._applied
+    monkeypatch.setattr(truncated, "_applied", lambda *x: reads.append(x[0]) or applied(*x))
+    M = decaying(400, 300, 1)
+    assert decompose(M if shape == M.shape else M.mT.contiguous(), 30).route == "krylov"
+    assert {tuple(A.shape) for A in reads} == {(400, 300), (300, 400)}
+    assert all(A.is_contiguous() for A in reads)
 
 
 def test_a_large_matrix_is_read_a_few_times_for_a_few_features(monkeypatch):
