@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_stf.core import decompose, solve, superpose
+from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import Products, combine, gram
 from mergekit_stf.core.routes import ROUTES
 from mergekit_stf.core.solve import Lanczos
@@ -119,6 +120,22 @@ def test_an_ill_posed_system_is_left_to_the_lanczos_process():
     assert found.cutoff == expected.cutoff > 0
     assert found.energy > WELL_POSED
     torch.testing.assert_close(found.alpha, expected.alpha)
+
+
+def test_a_contradiction_that_sweeps_would_solve_is_damped_all_the_same(monkeypatch):
+    """Two long features, nearly parallel, that ask for 1000 and 300."""
+    first, second = torch.eye(72)[:, :1], torch.eye(72)[:, 1:2]
+    tilted, v = 0.9 * first + (1 - 0.9**2) ** 0.5 * second, torch.eye(64)[:1]
+    features = [
+        *many(),
+        Features(first, torch.tensor([1000.0]), v, "svd"),
+        Features(tilted, torch.tensor([300.0]), v, "svd"),
+    ]
+    assert worthwhile(features)
+    assert swept(features) is None
+    assert solve(features).cutoff > 0
+    monkeypatch.setattr("mergekit_stf.core.sweeps.WELL_POSED", 10.0)
+    assert swept(features).energy > WELL_POSED
 
 
 def test_what_does_not_converge_is_left_to_the_lanczos_process(monkeypatch):

@@ -155,3 +155,17 @@ def test_a_merge_inside_a_merge_waits_for_no_one():
 def test_workers_record_no_gradients():
     found = over_tasks(lambda M: torch.is_grad_enabled(), matrices(4))
     assert not any(found)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_the_workspace_is_that_of_the_decompositions_at_a_time():
+    cpu, one = torch.device("cpu"), threads.SQUARES * 64**2
+    assert [threads.workspace(64, tasks, cpu) for tasks in (1, 3, 7, 100)] == [
+        one,
+        3 * one,
+        7 * one,
+        7 * one,
+    ]
+    assert threads.workspace(64, 100, torch.device("cuda")) == one
+    assert threads.workspace(8192, 100, cpu) == threads.SQUARES * 8192**2
+    assert threads.workspace(2048, 100, cpu) <= threads.WORKSPACE
