@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 def test_the_readme_has_two_commands_and_ci_runs_the_second() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
+    assert '".[report]" && mergekit-stf demo' in blocks[0]  # for what the demo tells to try next
     install, test = blocks[1].splitlines()[1].split(" && ")
     assert install.startswith("pip install -c constraints.txt ")
     lines = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
