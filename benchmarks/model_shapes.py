@@ -56,6 +56,9 @@ def main() -> None:
     options.add_argument("--route", default="auto")
     options.add_argument("--fraction", type=float, default=1.0, help="of each shape's matrices")
     options.add_argument("--rival", type=int, default=2, help="matrices of each shape, 0 for none")
+    options.add_argument(
+        "--beside", action="store_true", help="tell how far from the default route"
+    )
     given = options.parse_args()
     tasks, shapes = MODELS[given.model]
     limit = 1e-3 if given.rank < 1 else LIMITS.get(given.route, 1e-5)
@@ -74,6 +77,10 @@ def main() -> None:
             if index < given.rival:
                 rival.append(seconds(lambda m=matrices: straightforward(m), given.device))
         total += sum(ours) * count / number
+        apart = None
+        if given.beside:
+            M = superpose(matrices, rank=given.rank, route=given.route).M
+            apart = distance(M, superpose(matrices, rank=given.rank).M.double().cpu())
         entry = {"matrices": number, "of": count, "ours": spread(ours)}
         line = f"{shape}: {number} of {count}, ours {shown(entry['ours'])}"
         if rival:
@@ -81,6 +88,9 @@ def main() -> None:
             rivals += entry["of"] * statistics.median(rival)
             entry |= {"rival": spread(rival), "ratio": ratio}
             line += f", straightforward {shown(entry['rival'])}, ratio {shown(ratio, 'x')}"
+        if apart is not None:
+            entry["apart"] = apart
+            line += f", {apart:.1e} from the default route"
         figures["x".join(map(str, shape))] = entry
         print(line, flush=True)
     device_peak = torch.cuda.max_memory_allocated() if given.device.startswith("cuda") else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.routes import ROUTES, svd
+from mergekit_stf.core.threads import CARD_SQUARES, alone
 from mergekit_stf.core.truncated import leading, low_rank
 
 FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -21,17 +23,26 @@ def choose_route(M: Tensor, source_dtype: torch.dtype) -> str:
     """Return the route for a task matrix: the cheapest one that is accurate enough.
 
     * float64 matrices keep the accuracy of their type: ``svd``;
-    * bfloat16 checkpoints carry rounding noise that moves the merged matrix by at least ten times
-      what ``gram_float32`` does, float16 ones do not always (``benchmarks/accuracy.py``);
-    * where float64 runs at a usable rate: ``gram_float64``, the most accurate one;
+    * on a CPU, bfloat16 checkpoints take ``gram_float32``: their rounding noise moves the merged
+      matrix by at least ten times what that does, float16's not always
+      (``benchmarks/accuracy.py``);
+    * where float64 runs at a usable rate, ``gram_float64``, the most accurate one, which takes a
+      data-centre card no longer than float32 does; unless its workspace is too large beside M;
     * otherwise ``gram_refined``: float32 throughout, so that it is as quick on a consumer GPU with
       1/64 of float64 as elsewhere, and still more accurate than a float32 SVD.
     """
     if M.dtype == torch.float64:
         return "svd"
-    if source_dtype == torch.bfloat16:
+    if source_dtype == torch.bfloat16 and M.device.type == "cpu":
         return "gram_float32"
-    return "gram_float64" if has_float64(M.device) else "gram_refined"
+    if has_float64(M.device) and not (M.device.type == "cuda" and _needs_much(M)):
+        return "gram_float64"
+    return "gram_refined"
+
+
+def _needs_much(M: Tensor) -> bool:
+    """Say whether float64 on a card takes more than 1 GB and four times the size of M."""
+    return CARD_SQUARES * min(M.shape) ** 2 > 10**9 + 4 * M.numel() * M.itemsize
 
 
 def has_float64(device: torch.device) -> bool:
@@ -105,7 +116,8 @@ def _attempt(M: Tensor, count: int, route: str, source_dtype: torch.dtype, name:
     failures: list[str] = []
     for attempt in dict.fromkeys((*chosen, "svd", "cpu")):
         try:
-            found = drivers[attempt](M)
+            with nullcontext() if attempt == "shortcut" else alone(M):
+                found = drivers[attempt](M)
         except RuntimeError as error:
             failures.append(f"{attempt}: {str(error).splitlines()[0]}")
             continue

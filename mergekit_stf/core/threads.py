@@ -1,7 +1,9 @@
-"""Decompose several task matrices at a time on a CPU, each on its share of the cores.
+"""Decompose several task matrices at a time: on shares of a CPU's cores, or on streams of a card.
 
 LAPACK's eigensolver gains little from a second core: two matrices of 768 at once, each on one core,
-take four fifths of the time of one after the other on both.
+take four fifths of the time of one after the other on both. On a card, small matrices and narrow
+blocks wait for launches: seven matrices of 768 take four fifths, the leading fifth of three
+matrices of 4096 three fifths of the time.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import islice
 from typing import TypeVar
@@ -25,22 +27,41 @@ WORKSPACE = 3 * 2**28
 SQUARES = 32
 """Bytes of workspace for each entry of an n×n Gram matrix: it, its eigenvectors, LAPACK's two."""
 
+CARD_SQUARES = 40
+"""The same on a card, where the eigensolver's own workspace is larger."""
+
+LEADING_SQUARES = 16
+"""The same where only leading features are computed, on a card."""
+
+STREAMS = 4
+"""Matrices at a time on a card; each more keeps a workspace of the product library, 32 MB."""
+
 Result = TypeVar("Result")
+_large = threading.Lock()
 _sharing = threading.Lock()
 
 
-def over_tasks(work: Callable[[Tensor], Result], matrices: Iterable[Tensor]) -> list[Result]:
+def over_tasks(
+    work: Callable[[Tensor], Result], matrices: Iterable[Tensor], kept: float = 1.0
+) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, as many at a time as cores and memory allow.
 
     Rounds of a matrix for each worker follow each other without a wait in between. What is left
     over at the end is worked on together with the last round: three matrices at once on two cores
     take less time than two and then one, as that one would gain little from a core of its own.
     Matrices are taken from the iterable a round ahead.
+
+    Args:
+        work: what is done, on the device of its matrix.
+        matrices: taken one by one.
+        kept: fraction of the features that is computed, which decides how much memory it takes.
     """
     rest = iter(matrices)
     taken = deque(islice(rest, 1))
     if not taken:
         return []
+    if taken[0].is_cuda:
+        return _on_streams(torch.no_grad()(work), taken, rest, kept)
     work, workers = torch.no_grad()(work), _workers(min(taken[0].shape), taken[0].device)
     taken.extend(islice(rest, workers - 1))
     with _shared_cores(len(taken)) as pool:
@@ -83,6 +104,72 @@ def _in_rounds(
     return [future.result() for future in running]
 
 
+def _on_streams(
+    work: Callable[[Tensor], Result], taken: deque[Tensor], rest: Iterator[Tensor], kept: float
+) -> list[Result]:
+    """Work on several matrices at a time, each thread on a stream of its own.
+
+    A stream waits for what came before on the caller's, and has ended when its result is returned.
+    """
+    device = taken[0].device
+    workers = _streams(min(taken[0].shape), kept)
+    if workers < 2 or not _sharing.acquire(blocking=False):
+        return _one_by_one(work, taken, rest)
+    running: list[Future[Result]] = []
+    pool, caller = _card_pool(device), torch.cuda.current_stream(device)
+
+    def on_stream(M: Tensor) -> Result:
+        stream: torch.cuda.Stream = _own.stream
+        stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(stream):
+                return work(M)
+        finally:
+            stream.synchronize()
+
+    try:
+        while taken:
+            _wait_for_one(running, workers)
+            running.append(pool.submit(on_stream, taken.popleft()))
+            taken.extend(islice(rest, 1))
+    finally:
+        wait(running)
+        _sharing.release()
+    return [future.result() for future in running]
+
+
+_own = threading.local()
+
+
+@lru_cache
+def _card_pool(device: torch.device) -> ThreadPoolExecutor:
+    """Keep threads and streams between weights: a new one needs new handles of the libraries.
+
+    Torch loads its linear algebra at the first use, which two threads must not do at a time.
+    """
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
+
+    def begin() -> None:
+        torch.cuda.set_device(device)
+        _own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    return ThreadPoolExecutor(STREAMS, "stf-card", begin)
+
+
+def _streams(side: int, kept: float) -> int:
+    squares = LEADING_SQUARES if kept < 1 else CARD_SQUARES
+    return max(1, min(STREAMS, WORKSPACE // (squares * max(1, side) ** 2)))
+
+
+def alone(M: Tensor) -> AbstractContextManager[object]:
+    """Return what keeps large exact decompositions on a card from running at a time.
+
+    They fill it, so that they gain nothing from each other, and their workspaces would add up.
+    """
+    large = M.is_cuda and _streams(min(M.shape), 1.0) < STREAMS
+    return _large if large else nullcontext()
+
+
 def _wait_for_one(running: list[Future[Result]], workers: int) -> None:
     """Return when fewer matrices than workers are worked on."""
     busy = [future for future in running if not future.done()]
@@ -92,6 +179,8 @@ def _wait_for_one(running: list[Future[Result]], workers: int) -> None:
 
 def workspace(side: int, tasks: int, device: torch.device) -> int:
     """Return the bytes that decompositions of a smaller side need besides matrices and features."""
+    if device.type == "cuda":
+        return CARD_SQUARES * side**2 * min(tasks, _streams(side, 1.0))
     return SQUARES * side**2 * min(tasks, 2 * _workers(side, device) - 1)
 
 
@@ -130,3 +219,4 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_card_pool.cache_clear)

@@ -17,8 +17,20 @@ MAX_ITERATIONS = 400
 HEAD = 3e-3
 """Above ``HEAD * s_1`` a float32 image of an exact right vector is as good as a float64 one."""
 
-NEAR = 0.1
-"""Refinement treats a pair as mixed, not merely tilted, when first order would turn it further."""
+SHORT = 0.03
+"""Below ``SHORT * s_1`` an image of a float32 right vector is summed in float64."""
+
+APART = 0.01
+"""Angle, in radians, from which on turning leaves less than rounding does."""
+
+TURNS = 6
+"""Times that all pairs are turned at most; two or three reach ``APART``."""
+
+EQUAL = 3e-7
+"""Lengths that differ by less, relative to the longest, are equal: rounding picks their basis."""
+
+LARGEST_TURN = 0.8
+"""Sum of the angles by which one vector is turned at a time; more would not stay orthonormal."""
 
 TAIL = 0.1
 """A float32 Gram matrix blurs triples below ``TAIL * s_1``; these are decomposed again, alone."""

@@ -28,7 +28,7 @@ def test_every_route_equals_the_oracle(route, shape, density):
     result = superpose([M.cuda() for M in inputs], route=route).M
     assert result.is_cuda
     error = np.linalg.norm(result.double().cpu().numpy() - expected) / np.linalg.norm(expected)
-    assert error <= (1e-4 if route in ("svd", "gram_float32", "gram_refined") else 1e-5)
+    assert error <= {"svd": 1e-3, "gram_float32": 1e-3, "gram_refined": 2e-5}.get(route, 1e-5)
 
 
 def test_many_tasks_equal_the_oracle():
@@ -40,9 +40,19 @@ def test_many_tasks_equal_the_oracle():
 
 
 @pytest.mark.parametrize("tasks", [4, 16])
-def test_same_bytes_again(tasks):
-    inputs = [M.cuda() for M in matrices((300, 200), tasks)]
-    assert torch.equal(superpose(inputs).M, superpose(inputs).M)
+@pytest.mark.parametrize("rank", [1.0, 0.1])
+def test_same_bytes_again(tasks, rank):
+    """Decompositions run on several streams at a time, each of which must know its order."""
+    inputs = [M.cuda() for M in matrices((700, 600), tasks)]
+    first = superpose(inputs, rank=rank).M
+    assert all(torch.equal(superpose(inputs, rank=rank).M, first) for _ in range(4))
+
+
+def test_streams_give_what_one_gives(monkeypatch):
+    inputs = [M.cuda() for M in matrices((700, 600), 3)]
+    together = superpose(inputs).M
+    monkeypatch.setattr("mergekit_stf.core.threads.STREAMS", 1)
+    assert torch.equal(superpose(inputs).M, together)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.9])

@@ -62,7 +62,7 @@ def test_a_driver_that_returns_nan_is_replaced(monkeypatch):
     torch.testing.assert_close(found.s, expected.s)
 
 
-@pytest.mark.parametrize(("driver", "rank"), [("svdvals", 1.0), ("qr", 0.1)])
+@pytest.mark.parametrize(("driver", "rank"), [("cholesky_ex", 1.0), ("qr", 0.1)])
 def test_a_shortcut_that_fails_is_replaced_by_the_exact_route(monkeypatch, driver, rank):
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("did not converge\nmore")
@@ -119,5 +119,13 @@ def test_the_route_on_a_card_follows_its_float64_rate(monkeypatch, capability, r
     class OnCard:
         dtype = torch.float32
         device = torch.device("cuda", 0)
+        shape = (28672, 8192)
+        itemsize = 4
+
+        def numel(self):
+            return self.shape[0] * self.shape[1]
 
     assert choose_route(OnCard(), torch.float32) == route
+    assert choose_route(OnCard(), torch.bfloat16) == route
+    OnCard.shape = (8192, 8192)
+    assert choose_route(OnCard(), torch.float32) == "gram_refined"  # float64 would take 2.7 GB

@@ -166,6 +166,8 @@ def test_the_workspace_is_that_of_the_decompositions_at_a_time():
         7 * one,
         7 * one,
     ]
-    assert threads.workspace(64, 100, torch.device("cuda")) == one
+    card = torch.device("cuda")
+    assert threads.workspace(64, 100, card) == threads.STREAMS * threads.CARD_SQUARES * 64**2
+    assert threads.workspace(4096, 100, card) == threads.CARD_SQUARES * 4096**2
     assert threads.workspace(8192, 100, cpu) == threads.SQUARES * 8192**2
     assert threads.workspace(2048, 100, cpu) <= threads.WORKSPACE
