@@ -19,6 +19,7 @@ from mergekit_stf.core.features import Features
 from mergekit_stf.core.tolerances import (
     APART,
     EQUAL,
+    FINE_TAIL,
     HEAD,
     LARGEST_TURN,
     RANK,
@@ -89,7 +90,7 @@ def gram_refined(M: Tensor) -> Features:
     summed in float64 are a few products of float32 numbers for short images: none is multiplied.
     """
     _, Vh = eigen(lower_gram(M, M.dtype))
-    _, Vh = separate_tail(Vh @ M.mT, Vh)
+    _, Vh = separate_tail(Vh @ M.mT, Vh, FINE_TAIL)
     for _ in range(TURNS):
         Vh, largest = _turned(_images(M, Vh), Vh)
         if largest <= APART:

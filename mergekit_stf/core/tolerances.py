@@ -23,7 +23,7 @@ SHORT = 0.03
 APART = 0.01
 """Angle, in radians, from which on turning leaves less than rounding does."""
 
-TURNS = 6
+TURNS = 8
 """Times that all pairs are turned at most; two or three reach ``APART``."""
 
 EQUAL = 3e-7
@@ -34,6 +34,9 @@ LARGEST_TURN = 0.8
 
 TAIL = 0.1
 """A float32 Gram matrix blurs triples below ``TAIL * s_1``; these are decomposed again, alone."""
+
+FINE_TAIL = 0.2
+"""The same where features are to be turned apart: so few stay mixed that two turns do."""
 
 ROUGH_TAIL = 0.05
 """The same where the checkpoints' own rounding hides more (``benchmarks/accuracy.py``)."""
