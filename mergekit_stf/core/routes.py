@@ -81,7 +81,7 @@ def gram_float32(M: Tensor) -> Features:
 
 
 def gram_refined(M: Tensor) -> Features:
-    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart; as exact as ``gram_float64``.
+    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart, to about 1e-5.
 
     In the found basis the images ``b_k = M v_k`` are graded, so that their products carry each pair
     of features with the precision of its own size. The angle by which two of them are mixed, as in
