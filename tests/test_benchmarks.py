@@ -31,7 +31,8 @@ def test_benchmark(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--rank", "0.2"], ["--route", "gram_refined"], ["--route", "gram_float32"]]
+    "options",
+    [["--rank", "0.2"], ["--route", "gram_refined", "--beside"], ["--route", "gram_float32"]],
 )
 def test_the_benchmark_for_a_card_runs_on_a_cpu(options, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))

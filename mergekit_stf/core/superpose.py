@@ -122,11 +122,7 @@ def _superpose(
             samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
             yield M
 
-    features = over_tasks(
-        lambda M: decompose(M, rank, route, source_dtype, name),
-        checked(),
-        rank if rank < 1 else 1.0,
-    )
+    features = over_tasks(lambda M: decompose(M, rank, route, source_dtype, name), checked(), rank)
     if not features:
         raise ValueError(f"{name or 'superpose'}: at least one task matrix is needed")
     present = [f for f in features if f.rank]

@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.features import kept_rank
+
 WORKSPACE = 3 * 2**28
 """Bytes that the decompositions running at a time may need together."""
 
@@ -42,7 +44,7 @@ _sharing = threading.Lock()
 
 
 def over_tasks(
-    work: Callable[[Tensor], Result], matrices: Iterable[Tensor], kept: float = 1.0
+    work: Callable[[Tensor], Result], matrices: Iterable[Tensor], rank: float = 1.0
 ) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, as many at a time as cores and memory allow.
 
@@ -54,14 +56,14 @@ def over_tasks(
     Args:
         work: what is done, on the device of its matrix.
         matrices: taken one by one.
-        kept: fraction of the features that is computed, which decides how much memory it takes.
+        rank: features that it computes, as ``kept_rank`` counts them; fewer take less memory.
     """
     rest = iter(matrices)
     taken = deque(islice(rest, 1))
     if not taken:
         return []
     if taken[0].is_cuda:
-        return _on_streams(torch.no_grad()(work), taken, rest, kept)
+        return _on_streams(torch.no_grad()(work), taken, rest, rank)
     work, workers = torch.no_grad()(work), _workers(min(taken[0].shape), taken[0].device)
     taken.extend(islice(rest, workers - 1))
     with _shared_cores(len(taken)) as pool:
@@ -105,14 +107,16 @@ def _in_rounds(
 
 
 def _on_streams(
-    work: Callable[[Tensor], Result], taken: deque[Tensor], rest: Iterator[Tensor], kept: float
+    work: Callable[[Tensor], Result], taken: deque[Tensor], rest: Iterator[Tensor], rank: float
 ) -> list[Result]:
     """Work on several matrices at a time, each thread on a stream of its own.
 
     A stream waits for what came before on the caller's, and has ended when its result is returned.
     """
-    device = taken[0].device
-    workers = _streams(min(taken[0].shape), kept)
+    m, n = taken[0].shape
+    device, side = taken[0].device, min(m, n)
+    leading = kept_rank((m, n), rank) < side
+    workers = _streams(side, LEADING_SQUARES if leading else CARD_SQUARES)
     if workers < 2 or not _sharing.acquire(blocking=False):
         return _one_by_one(work, taken, rest)
     running: list[Future[Result]] = []
@@ -156,8 +160,8 @@ def _card_pool(device: torch.device) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(STREAMS, "stf-card", begin)
 
 
-def _streams(side: int, kept: float) -> int:
-    squares = LEADING_SQUARES if kept < 1 else CARD_SQUARES
+def _streams(side: int, squares: int = CARD_SQUARES) -> int:
+    """Return how many matrices of a smaller side fit at a time, of so many bytes an entry."""
     return max(1, min(STREAMS, WORKSPACE // (squares * max(1, side) ** 2)))
 
 
@@ -166,7 +170,7 @@ def alone(M: Tensor) -> AbstractContextManager[object]:
 
     They fill it, so that they gain nothing from each other, and their workspaces would add up.
     """
-    large = M.is_cuda and _streams(min(M.shape), 1.0) < STREAMS
+    large = M.is_cuda and _streams(min(M.shape)) < STREAMS
     return _large if large else nullcontext()
 
 
@@ -180,7 +184,7 @@ def _wait_for_one(running: list[Future[Result]], workers: int) -> None:
 def workspace(side: int, tasks: int, device: torch.device) -> int:
     """Return the bytes that decompositions of a smaller side need besides matrices and features."""
     if device.type == "cuda":
-        return CARD_SQUARES * side**2 * min(tasks, _streams(side, 1.0))
+        return CARD_SQUARES * side**2 * min(tasks, _streams(side))
     return SQUARES * side**2 * min(tasks, 2 * _workers(side, device) - 1)
 
 

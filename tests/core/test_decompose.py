@@ -1,5 +1,8 @@
 """Drivers that fail, and the choice of a route."""
 
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -129,3 +132,17 @@ def test_the_route_on_a_card_follows_its_float64_rate(monkeypatch, capability, r
     assert choose_route(OnCard(), torch.bfloat16) == route
     OnCard.shape = (8192, 8192)
     assert choose_route(OnCard(), torch.float32) == "gram_refined"  # float64 would take 2.7 GB
+
+
+@pytest.mark.parametrize(("rank", "turns"), [(1.0, 1), (0.1, 0)])
+def test_exact_routes_wait_for_their_turn_and_shortcuts_do_not(monkeypatch, rank, turns):
+    taken = []
+
+    def turn(M):
+        taken.append(M)
+        return nullcontext()
+
+    monkeypatch.setattr(sys.modules[choose_route.__module__], "alone", turn)
+    s = (1 + torch.arange(280.0)) ** -1.5
+    decompose(matrix(300, 280) * s, rank)
+    assert len(taken) == turns

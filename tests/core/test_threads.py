@@ -2,6 +2,8 @@
 
 import threading
 import weakref
+from collections import Counter, deque
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -171,3 +173,141 @@ def test_the_workspace_is_that_of_the_decompositions_at_a_time():
     assert threads.workspace(4096, 100, card) == threads.CARD_SQUARES * 4096**2
     assert threads.workspace(8192, 100, cpu) == threads.SQUARES * 8192**2
     assert threads.workspace(2048, 100, cpu) <= threads.WORKSPACE
+
+
+class Card:
+    """What torch calls of a card, noted down: there is none where these tests run."""
+
+    def __init__(self, monkeypatch):
+        self.notes, self.current = [], threading.local()
+        self.caller = object()
+        for name in ("Stream", "stream", "current_stream", "set_device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        threads._card_pool.cache_clear()
+
+    def Stream(self, device):  # noqa: N802
+        made = type("Stream", (), {})()
+        made.wait_stream = lambda other: self.note("waits", made, other)
+        made.synchronize = lambda: self.note("ends", made, self.caller)
+        return made
+
+    @contextmanager
+    def stream(self, stream):
+        self.current.stream = stream
+        yield
+        del self.current.stream
+
+    def current_stream(self, device):
+        return self.caller
+
+    def set_device(self, device):
+        self.note("device", None, self.caller)
+
+    def note(self, what, stream, other):
+        assert other is self.caller
+        self.notes.append((what, stream))
+
+    def work(self, M):
+        self.notes.append(("works", self.current.stream))
+        return float(M[0, 0])
+
+    def merge(self, work, source, rank=1.0):
+        source = iter(source)
+        return threads._on_streams(work, deque([next(source)]), source, rank)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    yield Card(monkeypatch)
+    threads._card_pool.cache_clear()
+
+
+def test_work_on_a_card_begins_after_the_callers_and_has_ended_when_it_returns(card):
+    assert card.merge(card.work, matrices(9)) == list(map(float, range(9)))
+    streams = {stream for what, stream in card.notes if what == "works"}
+    assert 1 <= len(streams) <= threads.STREAMS
+    for stream in streams:
+        steps = [what for what, own in card.notes if own is stream]
+        assert steps == ["waits", "works", "ends"] * (len(steps) // 3)
+
+
+def test_a_card_works_on_as_many_matrices_as_streams_and_takes_one_ahead(card):
+    together, taken, most = threading.Barrier(threads.STREAMS, timeout=60), [], []
+
+    def source():
+        for M in matrices(2 * threads.STREAMS):
+            taken.append(M)
+            yield M
+
+    def work(M):
+        most.append(len(taken))
+        together.wait()
+        return M
+
+    assert len(card.merge(work, source())) == 2 * threads.STREAMS
+    assert max(most[: threads.STREAMS]) <= threads.STREAMS + 1
+
+
+def test_a_card_is_given_no_more_than_its_memory_holds(card, monkeypatch):
+    monkeypatch.setattr(threads, "WORKSPACE", 2 * threads.CARD_SQUARES * 64)
+    running, most = Counter(), []
+
+    def work(M):
+        running["now"] += 1
+        most.append(running["now"])
+        threading.Event().wait(0.02)
+        running["now"] -= 1
+
+    card.merge(work, matrices(8))
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize(("rank", "streams"), [(1.0, 1), (8, 1), (0.5, 2), (4, 2)])
+def test_few_features_need_less_memory_each(card, monkeypatch, rank, streams):
+    monkeypatch.setattr(threads, "WORKSPACE", 2 * threads.LEADING_SQUARES * 64)
+    used = set()
+
+    def work(M):
+        used.add(threading.current_thread())
+        threading.Event().wait(0.02)
+
+    card.merge(work, matrices(6), rank)
+    assert len(used) == streams
+
+
+def test_an_error_on_a_stream_waits_for_it_and_gives_the_card_back(card):
+    def work(M):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        card.merge(work, matrices(3))
+    assert [what for what, _ in card.notes].count("ends") == 3
+    assert card.merge(card.work, matrices(2)) == [0.0, 1.0]
+    assert card.notes[-1][0] == "ends"
+
+
+def test_linear_algebra_is_loaded_before_the_threads_of_a_card(card, monkeypatch):
+    """Torch loads it at the first use, which fails where two threads do so at a time."""
+    callers = []
+    original = torch.linalg.cholesky_ex
+
+    def seen(*args, **kwargs):
+        callers.append(threading.current_thread())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", seen)
+    card.merge(card.work, matrices(2))
+    assert callers == [threading.current_thread()]
+
+
+@pytest.mark.parametrize(("side", "held"), [(512, False), (4096, True)])
+def test_large_exact_decompositions_of_a_card_have_it_alone(side, held):
+    class OnCard:
+        is_cuda = True
+        shape = (2 * side, side)
+
+    with threads.alone(OnCard()):
+        assert threads._large.locked() is held
+    assert not threads._large.locked()
+    OnCard.is_cuda = False
+    assert isinstance(threads.alone(OnCard()), nullcontext)
