@@ -88,6 +88,8 @@ def gram_refined(M: Tensor) -> Features:
     Jacobi's method, is ``tan 2θ_kl = 2 b_kᵀb_l / (b_k² - b_l²)``; all pairs are turned at once,
     which converges quadratically (Ogita and Aishima 2018, who take angles to first order). What is
     summed in float64 are a few products of float32 numbers for short images: none is multiplied.
+    Where many lengths are equal to rounding, no basis of theirs is better and turning does not
+    settle: the last one is made orthonormal again.
     """
     _, Vh = eigen(lower_gram(M, M.dtype))
     _, Vh = separate_tail(Vh @ M.mT, Vh, FINE_TAIL)
@@ -95,6 +97,8 @@ def gram_refined(M: Tensor) -> Features:
         Vh, largest = _turned(_images(M, Vh), Vh)
         if largest <= APART:
             break
+    else:
+        Vh = torch.linalg.qr(Vh.mT).Q.mT
     return _complete(_images(M, Vh), Vh, "gram_refined")
 
 

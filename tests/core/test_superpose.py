@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mergekit_stf.core import decompose, routes, superpose, trim
 from mergekit_stf.core.routes import ROUTES
@@ -238,3 +239,50 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
     monkeypatch.setattr(routes, "TURNS", 0)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-4, 1e-2])
+def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route, spread):
+    """No basis of them is better than another; whichever is found must be orthonormal."""
+    generator = torch.Generator().manual_seed(3)
+    U, _ = torch.linalg.qr(torch.randn(260, 200, generator=generator).double())
+    V, _ = torch.linalg.qr(torch.randn(200, 200, generator=generator).double())
+    s = 1 + spread * torch.rand(200, generator=generator)
+    M = ((U * s) @ V.mT).float()
+    found = decompose(M, route=route)
+    assert found.rank == 200
+    assert float((found.U * found.s @ found.Vh - M).norm() / M.norm()) <= 1e-5
+    eye = torch.eye(200)
+    assert float((found.Vh @ found.Vh.mT - eye).abs().max()) <= 1e-5
+    assert distance(superpose([M], route=route).M, M.double().numpy()) <= 1e-4
+
+
+class InOrder(TorchFunctionMode):
+    """Sum each float32 product one term after another, as a card may; a CPU sums in parts."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.matmul:
+            return function(*args, **(kwargs or {}))
+        A, B = args
+        total = A.new_zeros(A.shape[0], B.shape[1])
+        for k in range(A.shape[1]):
+            total.addr_(A[:, k], B[k])
+        return total
+
+
+def test_short_images_are_not_drowned_by_long_ones():
+    generator = torch.Generator().manual_seed(4)
+    V, _ = torch.linalg.qr(torch.randn(4096, 40, generator=generator).double())
+    U, _ = torch.linalg.qr(torch.randn(50, 40, generator=generator).double())
+    M = ((U * torch.logspace(0, -5, 40)) @ V.mT).float()
+    Vh = V.mT.float().contiguous()
+    exact = Vh.double() @ M.double().mT
+    length = torch.linalg.vector_norm(exact, dim=1)
+    short = length < routes.SHORT * length.max()
+    with InOrder():
+        found, plain = routes._images(M, Vh), Vh @ M.mT
+    error, before = (torch.linalg.vector_norm(x - exact, dim=1) for x in (found, plain))
+    assert 10 < int(short.sum()) < 40
+    assert float(error[short].mean() / before[short].mean()) <= 0.6
+    assert torch.equal(error[~short], before[~short])
