@@ -24,7 +24,7 @@ APART = 0.01
 """Angle, in radians, from which on turning leaves less than rounding does."""
 
 TURNS = 8
-"""Times that all pairs are turned at most; two or three reach ``APART``."""
+"""Times that all pairs are turned at most; one to three reach ``APART``."""
 
 EQUAL = 3e-7
 """Lengths that differ by less, relative to the longest, are equal: rounding picks their basis."""

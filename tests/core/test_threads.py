@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from mergekit_stf.core import threads
+from mergekit_stf.core import superpose, threads
 from mergekit_stf.core.threads import over_tasks
 
 
@@ -273,6 +273,22 @@ def test_few_features_need_less_memory_each(card, monkeypatch, rank, streams):
 
     card.merge(work, matrices(6), rank)
     assert len(used) == streams
+
+
+@pytest.mark.parametrize("rank", [1.0, 0.25, 3])
+def test_a_card_is_told_how_many_features_a_merge_keeps(monkeypatch, rank):
+    class OnCard(torch.Tensor):
+        is_cuda = True
+
+    told = []
+
+    def on_streams(work, taken, rest, rank):
+        told.append(rank)
+        return [work(M.as_subclass(torch.Tensor)) for M in (*taken, *rest)]
+
+    monkeypatch.setattr(threads, "_on_streams", on_streams)
+    superpose([torch.eye(8).as_subclass(OnCard)], rank=rank)
+    assert told == [rank]
 
 
 def test_an_error_on_a_stream_waits_for_it_and_gives_the_card_back(card):
