@@ -1,4 +1,4 @@
-"""Float32 means float32: no TF32 and no bfloat16 products while the engine runs."""
+"""Float32 means float32, and float64 is taken in portions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+CHUNK = 2**25
+"""Entries of a task matrix that are converted to float64 at a time."""
 
 _lock = threading.Lock()
 _entered = 0
@@ -15,7 +19,7 @@ _outside = "highest"
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch reduced-precision products off, and back when the last thread has left."""
+    """Switch TF32 and bfloat16 products off, and back when the last thread has left."""
     global _entered, _outside
     with _lock:
         if not _entered:
@@ -29,3 +33,8 @@ def full_precision() -> Iterator[None]:
             _entered -= 1
             if not _entered:
                 torch.set_float32_matmul_precision(_outside)
+
+
+def split(M: Tensor) -> tuple[Tensor, ...]:
+    """Return ``M``, (m, n), as parts of rows of at most ``CHUNK`` entries, one row at least."""
+    return torch.split(M, max(1, CHUNK // M.shape[1]))

@@ -16,27 +16,9 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
-from mergekit_stf.core.tolerances import (
-    APART,
-    EQUAL,
-    FINE_TAIL,
-    HEAD,
-    LARGEST_TURN,
-    RANK,
-    ROUGH_TAIL,
-    SHORT,
-    TAIL,
-    TURNS,
-)
-
-CHUNK = 2**25
-"""Entries of a task matrix that are converted to float64 at a time."""
-
-BAND = 2**22
-"""Entries of a band of rows for which angles are computed at a time."""
-
-TERMS = 256
-"""Terms of a float32 product that are summed before float64 takes over, where that matters."""
+from mergekit_stf.core.precision import split
+from mergekit_stf.core.tolerances import FINE_TAIL, HEAD, RANK, ROUGH_TAIL, TAIL
+from mergekit_stf.core.turning import settled
 
 PANELS = 4
 """Products that form the lower triangle of a Gram matrix, in five eighths of the whole's time."""
@@ -81,25 +63,10 @@ def gram_float32(M: Tensor) -> Features:
 
 
 def gram_refined(M: Tensor) -> Features:
-    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart, to about 1e-5.
-
-    In the found basis the images ``b_k = M v_k`` are graded, so that their products carry each pair
-    of features with the precision of its own size. The angle by which two of them are mixed, as in
-    Jacobi's method, is ``tan 2θ_kl = 2 b_kᵀb_l / (b_k² - b_l²)``; all pairs are turned at once,
-    which converges quadratically (Ogita and Aishima 2018, who take angles to first order). What is
-    summed in float64 are a few products of float32 numbers for short images: none is multiplied.
-    Where many lengths are equal to rounding, no basis of theirs is better and turning does not
-    settle: the last one is made orthonormal again.
-    """
+    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart (``turning``), to about 1e-5."""
     _, Vh = eigen(lower_gram(M, M.dtype))
     _, Vh = separate_tail(Vh @ M.mT, Vh, FINE_TAIL)
-    for _ in range(TURNS):
-        Vh, largest = _turned(_images(M, Vh), Vh)
-        if largest <= APART:
-            break
-    else:
-        Vh = torch.linalg.qr(Vh.mT).Q.mT
-    return _complete(_images(M, Vh), Vh, "gram_refined")
+    return _complete(*settled(M, Vh), "gram_refined")
 
 
 ROUTES: dict[str, Callable[[Tensor], Features]] = {
@@ -127,7 +94,7 @@ def lower_gram(M: Tensor, dtype: torch.dtype) -> Tensor:
     n = M.shape[1]
     gram = torch.zeros(n, n, dtype=dtype, device=M.device)
     edges = [n * i // PANELS for i in range(PANELS + 1)]
-    for rows in _split(M):
+    for rows in split(M):
         wide = rows.to(dtype)
         for start, end in pairwise(edges):
             gram[start:end, :end].addmm_(wide[:, start:end].mT, wide[:, :end])
@@ -137,17 +104,13 @@ def lower_gram(M: Tensor, dtype: torch.dtype) -> Tensor:
 def _short_images(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Vh Mᵀ`` rounded to the type of ``M``, and its row norms, both from float64."""
     image, square = M.new_empty(Vh.shape[0], M.shape[0]), Vh.new_zeros(Vh.shape[0])
-    parts = _split(M)
+    parts = split(M)
     targets = torch.split(image.mT, [rows.shape[0] for rows in parts])
     for target, rows in zip(targets, parts, strict=True):
         part = Vh @ rows.double().mT
         square += part.square().sum(dim=1)
         target.copy_(part.mT)
     return image, square.sqrt()
-
-
-def _split(M: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(M, max(1, CHUNK // M.shape[1]))
 
 
 def separate_tail(image: Tensor, Vh: Tensor, below: float = TAIL) -> tuple[Tensor, Tensor]:
@@ -174,54 +137,6 @@ def separate_tail(image: Tensor, Vh: Tensor, below: float = TAIL) -> tuple[Tenso
         _, R = eigen(tail @ tail.mT)
         image[start:] = R @ tail
         Vh[start:] = R @ Vh[start:]
-
-
-def _images(M: Tensor, Vh: Tensor) -> Tensor:
-    """Return ``Vh Mᵀ``, the short images from products of few terms that are summed in float64.
-
-    A float32 sum errs by its largest term, which is as long as M and not as its image.
-    """
-    image = Vh @ M.mT
-    length = torch.linalg.vector_norm(image, dim=1)
-    short = torch.nonzero(length < SHORT * length.max()).reshape(-1)
-    for rows in torch.split(short, max(1, CHUNK // M.shape[0])):
-        parts = zip(torch.split(Vh[rows], TERMS, 1), torch.split(M, TERMS, 1), strict=True)
-        exact = torch.zeros(rows.numel(), M.shape[0], dtype=torch.float64, device=M.device)
-        for v, part in parts:
-            exact += v @ part.mT
-        image[rows] = exact.to(M.dtype)
-    return image
-
-
-def _turned(image: Tensor, Vh: Tensor) -> tuple[Tensor, float]:
-    """Turn every pair of rows by the angle at which their images are orthogonal.
-
-    Args:
-        image: (n, m), ``Vh Mᵀ``.
-        Vh: (n, n), nearly orthonormal.
-
-    Returns:
-        The turned rows, orthonormal to second order in the angles, and the largest angle.
-    """
-    length = torch.linalg.vector_norm(image, dim=1)
-    length = length.clamp(min=max(float(RANK * length.max()), torch.finfo(length.dtype).tiny))
-    blur = (EQUAL * length.max() / length).square()
-    cosine, excess = image @ image.mT, Vh @ Vh.mT
-    excess.neg_().diagonal().add_(1)
-    total, largest = torch.empty_like(length), torch.zeros_like(length)
-    size, step = Vh.shape[0], max(1, BAND // Vh.shape[0])
-    bands = [slice(start, min(size, start + step)) for start in range(0, size, step)]
-    for k in bands:
-        ratio = length / length[k].unsqueeze(1)
-        gap, mean = 1 / ratio - ratio, (ratio + 1 / ratio) / 2
-        coupling = cosine[k] / length / length[k].unsqueeze(1) + mean * excess[k]
-        angle = torch.atan(2 * coupling * gap / (gap.square() + blur + blur[k].unsqueeze(1))) / 2
-        total[k], largest[k] = angle.abs().sum(1), angle.abs().amax(1)
-        cosine[k] = angle
-    share = (LARGEST_TURN / total).clamp(max=1)
-    for k in bands:
-        cosine[k] *= torch.minimum(share, share[k].unsqueeze(1))
-    return torch.addmm(Vh, cosine.add_(excess, alpha=0.5), Vh), float(largest.max())
 
 
 def _complete(image: Tensor, Vh: Tensor, route: str) -> Features:

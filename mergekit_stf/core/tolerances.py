@@ -29,6 +29,9 @@ TURNS = 8
 EQUAL = 3e-7
 """Lengths that differ by less, relative to the longest, are equal: rounding picks their basis."""
 
+CLOSE = 1e-4
+"""Lengths that differ by less, relative to themselves, are told apart in float64 (see turning)."""
+
 LARGEST_TURN = 0.8
 """Sum of the angles by which one vector is turned at a time; more would not stay orthonormal."""
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mergekit_stf.core import decompose, routes, superpose, trim
+from mergekit_stf.core import decompose, precision, routes, superpose, trim, turning
 from mergekit_stf.core.routes import ROUTES
 from tests import oracle
 
@@ -116,7 +116,7 @@ def test_large_matrices_are_converted_part_by_part(monkeypatch, shape):
     """With long and short images, of which only the short ones are formed in float64."""
     inputs = steep(shape)
     whole = superpose(inputs, route="gram_float64")
-    monkeypatch.setattr(routes, "CHUNK", 1000)
+    monkeypatch.setattr(precision, "CHUNK", 1000)
     parts = superpose(inputs, route="gram_float64")
     assert set(parts.report.routes) == {"gram_float64"}
     assert distance(whole.M, expected(inputs)) <= 1e-5
@@ -237,7 +237,7 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
     original, inputs = routes.eigen, matrices(shape, 3, seed=12)
     monkeypatch.setattr(routes, "eigen", mixing)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
-    monkeypatch.setattr(routes, "TURNS", 0)
+    monkeypatch.setattr(turning, "TURNS", 0)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
 
 
@@ -256,6 +256,55 @@ def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route,
     eye = torch.eye(200)
     assert float((found.Vh @ found.Vh.mT - eye).abs().max()) <= 1e-5
     assert distance(superpose([M], route=route).M, M.double().numpy()) <= 1e-4
+
+
+def with_close_pairs(seed, gap, shape=(320, 256)):
+    """A matrix of decaying singular values, three of them closer to the next than rounding is."""
+    generator = torch.Generator().manual_seed(seed)
+    U, _ = torch.linalg.qr(torch.randn(shape, generator=generator).double())
+    V, _ = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator).double())
+    s = (1 + torch.arange(shape[1]).double() / 8) ** -0.5
+    for k in (20, 90, 180):
+        s[k + 1] = s[k] * (1 - gap)
+    return ((U * s) @ V.mT).float()
+
+
+@pytest.mark.parametrize("gap", [3e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("shape", [(320, 256), (256, 256)])
+def test_close_features_are_told_apart_without_float64(gap, shape, monkeypatch):
+    """A pair of 4096 × 4096 random singular values is often this close, and float32 blind to it."""
+    inputs = [with_close_pairs(seed, gap, shape) for seed in range(3)]
+    assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
+    if gap <= 1e-5:
+        monkeypatch.setattr(turning, "CLOSE", 0.0)
+        assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
+
+
+@pytest.mark.parametrize("most", [2, 5, 512])
+def test_close_features_are_told_apart_batch_by_batch(most, monkeypatch):
+    """Runs of up to ``MOST`` are diagonalised to float64's precision, longer ones stay."""
+    M = with_close_pairs(0, 1e-5)
+    Vh = torch.linalg.svd(M.double(), full_matrices=False).Vh
+    angle = torch.zeros(256, 256, dtype=torch.float64)
+    for k in (20, 90, 180):
+        angle[k, k + 1], angle[k + 1, k] = 0.5, -0.5
+    mixed = (torch.matrix_exp(angle) @ Vh).float()
+    monkeypatch.setattr(turning, "MOST", most)
+    monkeypatch.setattr(turning, "CLOSE", 2e-5)
+    found, image = mixed.clone(), (mixed.double() @ M.double().mT).float()
+    turning.tell_apart(M, image, found)
+    found = found.double()
+    overlap = (found @ Vh.mT).abs()
+    pairs = torch.tensor([20, 21, 90, 91, 180, 181])
+    others = torch.ones(256, dtype=torch.bool).index_fill(0, pairs, False)
+    assert torch.equal(found[others], mixed[others].double())
+    assert float((overlap[pairs].max(dim=1).values - 1).abs().max()) <= 1e-6
+    assert float((found @ found.mT - torch.eye(256)).abs().max()) <= 1e-6
+    assert float((image - found @ M.double().mT).abs().max()) <= 1e-6
+    monkeypatch.setattr(turning, "MOST", 1)
+    kept = mixed.clone()
+    turning.tell_apart(M, mixed @ M.mT, kept)
+    assert torch.equal(kept, mixed)
 
 
 class InOrder(TorchFunctionMode):
@@ -279,9 +328,9 @@ def test_short_images_are_not_drowned_by_long_ones():
     Vh = V.mT.float().contiguous()
     exact = Vh.double() @ M.double().mT
     length = torch.linalg.vector_norm(exact, dim=1)
-    short = length < routes.SHORT * length.max()
+    short = length < turning.SHORT * length.max()
     with InOrder():
-        found, plain = routes._images(M, Vh), Vh @ M.mT
+        found, plain = turning.images(M, Vh), Vh @ M.mT
     error, before = (torch.linalg.vector_norm(x - exact, dim=1) for x in (found, plain))
     assert 10 < int(short.sum()) < 40
     assert float(error[short].mean() / before[short].mean()) <= 0.6
