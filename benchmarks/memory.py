@@ -31,19 +31,19 @@ def made(shape: tuple[int, int], tasks: int, device: str) -> Iterator[Tensor]:
         yield M.mul_((1 + torch.arange(shape[1], device=device) / 8) ** -0.5)
 
 
-def once(name: str, device: str) -> None:
+def once(name: str, device: str, route: str) -> None:
     """Merge one stack of task matrices and print the peak."""
     m, n, tasks = (int(side) for side in name.split("x"))
     superpose(made((32, 32), 3, device))
-    report = superpose(made((m, n), tasks, device)).report
+    report = superpose(made((m, n), tasks, device), route=route).report
     assert report.converged
     on_card = device.startswith("cuda")
     print(torch.cuda.max_memory_allocated() if on_card else peak_memory())
 
 
-def peak(name: str, device: str) -> int:
+def peak(name: str, device: str, route: str) -> int:
     """Run one shape in its own process and return its peak in bytes."""
-    command = [sys.executable, __file__, "--once", name, "--device", device]
+    command = [sys.executable, __file__, "--once", name, "--device", device, "--route", route]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
@@ -51,17 +51,18 @@ def peak(name: str, device: str) -> int:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shapes", nargs="+", default=SHAPES)
+    options.add_argument("--route", default="auto")
     options.add_argument("--once")
     given = options.parse_args()
     if given.once:
-        once(given.once, given.device)
+        once(given.once, given.device, given.route)
         return
-    idle = peak("32x32x3", given.device)
-    figures: dict[str, object] = {"idle": idle}
+    idle = peak("32x32x3", given.device, "auto")
+    figures: dict[str, object] = {"route": given.route, "idle": idle}
     for name in given.shapes:
         m, n, tasks = (int(side) for side in name.split("x"))
         size = 4 * m * n * tasks
-        limit, used = 3 * size + 10**9, peak(name, given.device) - idle
+        limit, used = 3 * size + 10**9, peak(name, given.device, given.route) - idle
         figures[name] = {"task matrices": size, "used": used, "bound": limit}
         print(
             f"{name}: {used / 1e9:.2f} GB for task matrices of {size / 1e9:.2f} GB, bound "

@@ -39,6 +39,9 @@ MODELS: dict[str, tuple[int, list[tuple[tuple[int, int], int]]]] = {
 LIMITS = {"gram_refined": 1e-4, "gram_float32": 1e-3, "svd": 1e-3}
 """Error that a forced route may have; the default must be exact to 1e-5."""
 
+SEEDS = 8
+"""Different stacks of task matrices of each shape, taken in turn."""
+
 
 def check(device: str, route: str, rank: float, limit: float) -> float:
     """Compare with the float64 reference, at a size where that takes seconds."""
@@ -57,7 +60,7 @@ def main() -> None:
     options.add_argument("--fraction", type=float, default=1.0, help="of each shape's matrices")
     options.add_argument("--rival", type=int, default=2, help="matrices of each shape, 0 for none")
     options.add_argument(
-        "--beside", action="store_true", help="tell how far from the default route"
+        "--beside", action="store_true", help="check each stack against the default route"
     )
     given = options.parse_args()
     tasks, shapes = MODELS[given.model]
@@ -67,20 +70,20 @@ def main() -> None:
     total, rivals = 0.0, 0.0
     for shape, count in shapes:
         number = max(1, round(given.fraction * count))
-        ours, rival = [], []
+        ours, rival, apart = [], [], []
         for index in range(number):
-            matrices = task_matrices(shape, tasks, given.device, seed=index % 8)
+            matrices = task_matrices(shape, tasks, given.device, seed=index % SEEDS)
             start = time.perf_counter()
-            superpose(matrices, rank=given.rank, route=given.route)
+            M = superpose(matrices, rank=given.rank, route=given.route).M
             synchronize(given.device)
             ours.append(time.perf_counter() - start)
             if index < given.rival:
                 rival.append(seconds(lambda m=matrices: straightforward(m), given.device))
+            if given.beside and index < SEEDS:
+                default = superpose(matrices, rank=given.rank).M
+                apart.append(distance(M, default.double().cpu()))
+                assert apart[-1] <= limit, apart[-1]
         total += sum(ours) * count / number
-        apart = None
-        if given.beside:
-            M = superpose(matrices, rank=given.rank, route=given.route).M
-            apart = distance(M, superpose(matrices, rank=given.rank).M.double().cpu())
         entry = {"matrices": number, "of": count, "ours": spread(ours)}
         line = f"{shape}: {number} of {count}, ours {shown(entry['ours'])}"
         if rival:
@@ -88,9 +91,9 @@ def main() -> None:
             rivals += entry["of"] * statistics.median(rival)
             entry |= {"rival": spread(rival), "ratio": ratio}
             line += f", straightforward {shown(entry['rival'])}, ratio {shown(ratio, 'x')}"
-        if apart is not None:
-            entry["apart"] = apart
-            line += f", {apart:.1e} from the default route"
+        if apart:
+            entry["apart"] = spread(apart)
+            line += f", from the default route {shown(entry['apart'], '')}"
         figures["x".join(map(str, shape))] = entry
         print(line, flush=True)
     device_peak = torch.cuda.max_memory_allocated() if given.device.startswith("cuda") else None

@@ -1,6 +1,9 @@
 """How do time and memory grow with the number of models?
 
-python benchmarks/scaling.py --json benchmarks/results/scaling.json
+Memory is the peak of a process of its own above an idle one, on a card that of the allocator above
+the task matrices.
+
+    python benchmarks/scaling.py --json benchmarks/results/scaling.json
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 from harness import (
     distance,
     parser,
@@ -21,8 +25,20 @@ from harness import (
     task_matrices,
     write,
 )
+from torch import Tensor
 
 from mergekit_stf.core import superpose
+
+
+def peak(matrices: list[Tensor], idle: int) -> int:
+    """Return the bytes that a merge of these matrices takes."""
+    if matrices[0].is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        superpose(matrices)
+        return torch.cuda.max_memory_allocated() - before
+    tasks, size = str(len(matrices)), str(matrices[0].shape[0])
+    return peak_of([sys.executable, __file__, "--once", tasks, "--size", size])[1] - idle
 
 
 def main() -> None:
@@ -48,8 +64,7 @@ def main() -> None:
         ours = spread(
             [seconds(lambda m=matrices: superpose(m), given.device) for _ in range(given.runs)]
         )
-        command = [sys.executable, __file__, "--once", str(tasks), "--size", str(given.size)]
-        entry = {"ours": ours, "steps": report.iterations, "bytes": peak_of(command)[1] - idle}
+        entry = {"ours": ours, "steps": report.iterations, "bytes": peak(matrices, idle)}
         line = f"T = {tasks}: {shown(ours)}, {report.iterations} steps, "
         line += f"{entry['bytes'] / 2**20:.0f} MiB"
         if tasks <= given.rival_up_to:

@@ -6,6 +6,8 @@ in turn: ``stf``, ``ties``, ``task_arithmetic``, and the straightforward impleme
 with the host from this file and trimming with the host's own ``sparsify``.
 
     python benchmarks/whole_merge.py --json benchmarks/results/whole_merge.json
+
+With ``--device cuda`` every method gets the host's ``--cuda``, and the models are made on the card.
 """
 
 from __future__ import annotations
@@ -43,22 +45,24 @@ def make(root: Path, given: argparse.Namespace) -> None:
         num_attention_heads=16,
         vocab_size=given.vocabulary,
     )
-    base = LlamaForCausalLM(config).bfloat16()
+    base = LlamaForCausalLM(config).bfloat16().to(given.device)
     base.save_pretrained(root / "base")
     for number in range(3):
-        tuned = LlamaForCausalLM(config).bfloat16()
+        tuned = LlamaForCausalLM(config).bfloat16().to(given.device)
         tuned.load_state_dict(base.state_dict())
         with torch.no_grad():
             for p in tuned.parameters():
-                p.copy_(p.float() + 0.002 * torch.randn(p.shape) + low_rank(p.shape))
+                noise = 0.002 * torch.randn(p.shape, device=p.device)
+                p.copy_(p.float() + noise + low_rank(p.shape, given.device))
         tuned.save_pretrained(root / f"tuned{number}")
 
 
-def low_rank(shape: torch.Size) -> torch.Tensor:
+def low_rank(shape: torch.Size, device: str) -> torch.Tensor:
     """Return a strong part of rank 32 for matrices, zero for the rest."""
     if len(shape) != 2:
-        return torch.zeros(shape)
-    return 0.001 * torch.randn(shape[0], 32) @ torch.randn(32, shape[1]) / 32**0.5
+        return torch.zeros(shape, device=device)
+    A, B = (torch.randn(size, device=device) for size in ((shape[0], 32), (32, shape[1])))
+    return 0.001 * A @ B / 32**0.5
 
 
 def recipe(root: Path, method: str, density: float) -> Path:
@@ -108,13 +112,14 @@ def run_with_rival(density: str) -> None:
     mergekit_yaml()
 
 
-def command(root: Path, method: str, density: float) -> list[str]:
+def command(root: Path, method: str, density: float, device: str) -> list[str]:
     """Return the command that merges with one method."""
     arguments = [
         str(recipe(root, method, density)),
         str(root / f"out-{method}"),
         "--quiet",
         "--no-copy-tokenizer",
+        *(["--cuda"] if device == "cuda" else []),
     ]
     if method == "straightforward":
         return [sys.executable, __file__, "--as-rival", str(density), *arguments]
@@ -141,7 +146,7 @@ def main() -> None:
             for method in METHODS:
                 if method == "straightforward" and run >= given.rival_runs:
                     continue
-                elapsed, peak = peak_of(command(root, method, given.density))
+                elapsed, peak = peak_of(command(root, method, given.density, given.device))
                 times[method].append(elapsed)
                 peaks[method].append(peak / 1e9)
             if run == 0:
@@ -150,7 +155,7 @@ def main() -> None:
                     f"written task matrix is {apart:.1e} from float64, bfloat16's rounding included"
                 )
     figures: dict[str, object] = {"density": given.density, "apart": apart}
-    for method in METHODS:
+    for method in filter(times.get, METHODS):
         pairs = zip(times["stf"], times[method], strict=False)
         ratio = spread([ours / other for ours, other in pairs])
         figures[method] = {
@@ -162,7 +167,7 @@ def main() -> None:
             f"{method}: {shown(spread(times[method]))}, stf takes {shown(ratio, 'x')} of it, peak "
             f"{shown(spread(peaks[method]), 'GB')}"
         )
-    write(given.json, figures)
+    write(given.json, figures, given.device)
 
 
 if __name__ == "__main__":

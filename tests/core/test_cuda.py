@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_stf.core import superpose, trim
+from mergekit_stf.core import decompose, superpose, trim
 from mergekit_stf.core.routes import ROUTES
 from tests import oracle
+from tests.core.test_superpose import distance, expected, with_close_pairs, with_equal_lengths
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +30,24 @@ def test_every_route_equals_the_oracle(route, shape, density):
     assert result.is_cuda
     error = np.linalg.norm(result.double().cpu().numpy() - expected) / np.linalg.norm(expected)
     assert error <= {"svd": 1e-3, "gram_float32": 1e-3, "gram_refined": 2e-5}.get(route, 1e-5)
+
+
+@pytest.mark.parametrize("gap", [1e-5, 1e-4, 1e-3])
+def test_close_features_are_told_apart_without_float64(gap):
+    inputs = [with_close_pairs(seed, gap) for seed in range(3)]
+    M = superpose([M.cuda() for M in inputs], route="gram_refined").M
+    assert distance(M.cpu(), expected(inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("side", [200, 700])
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-4, 1e-2])
+def test_equal_singular_values_give_the_matrix_back(side, spread):
+    M = with_equal_lengths(side, spread)
+    found = decompose(M.cuda(), route="gram_refined")
+    assert found.rank == side
+    back = found.U * found.s @ found.Vh
+    assert float((back.cpu() - M).norm() / M.norm()) <= 1e-5
+    assert float((found.Vh @ found.Vh.mT).cpu().sub(torch.eye(side)).abs().max()) <= 1e-5
 
 
 def test_many_tasks_equal_the_oracle():

@@ -241,15 +241,19 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
 
 
+def with_equal_lengths(side, spread):
+    """A matrix whose singular values are equal, or equal but for a part of this size."""
+    generator = torch.Generator().manual_seed(3)
+    U, _ = torch.linalg.qr(torch.randn(side + 60, side, generator=generator).double())
+    V, _ = torch.linalg.qr(torch.randn(side, side, generator=generator).double())
+    return ((U * (1 + spread * torch.rand(side, generator=generator))) @ V.mT).float()
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("spread", [0, 1e-6, 1e-4, 1e-2])
 def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route, spread):
     """No basis of them is better than another; whichever is found must be orthonormal."""
-    generator = torch.Generator().manual_seed(3)
-    U, _ = torch.linalg.qr(torch.randn(260, 200, generator=generator).double())
-    V, _ = torch.linalg.qr(torch.randn(200, 200, generator=generator).double())
-    s = 1 + spread * torch.rand(200, generator=generator)
-    M = ((U * s) @ V.mT).float()
+    M = with_equal_lengths(200, spread)
     found = decompose(M, route=route)
     assert found.rank == 200
     assert float((found.U * found.s @ found.Vh - M).norm() / M.norm()) <= 1e-5
