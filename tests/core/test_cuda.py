@@ -7,7 +7,7 @@ import torch
 from mergekit_stf.core import decompose, superpose, trim
 from mergekit_stf.core.routes import ROUTES
 from tests import oracle
-from tests.core.test_superpose import distance, expected, with_close_pairs, with_equal_lengths
+from tests.core.test_superpose import distance, expected, with_close_runs, with_equal_lengths
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def test_every_route_equals_the_oracle(route, shape, density):
 
 @pytest.mark.parametrize("gap", [1e-5, 1e-4, 1e-3])
 def test_close_features_are_told_apart_without_float64(gap):
-    inputs = [with_close_pairs(seed, gap) for seed in range(3)]
+    inputs = [with_close_runs(seed, gap) for seed in range(3)]
     M = superpose([M.cuda() for M in inputs], route="gram_refined").M
     assert distance(M.cpu(), expected(inputs)) <= 1e-5
 

@@ -1,5 +1,7 @@
 """The engine against the float64 oracle, and the constraints that define the merged matrix."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -262,14 +264,17 @@ def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route,
     assert distance(superpose([M], route=route).M, M.double().numpy()) <= 1e-4
 
 
-def with_close_pairs(seed, gap, shape=(320, 256)):
-    """A matrix of decaying singular values, three of them closer to the next than rounding is."""
+CLOSE = ((20, 21), (90, 91, 92), (180, 181))
+
+
+def with_close_runs(seed, gap, shape=(320, 256)):
+    """A matrix of decaying singular values, those of ``CLOSE`` with a small gap between them."""
     generator = torch.Generator().manual_seed(seed)
     U, _ = torch.linalg.qr(torch.randn(shape, generator=generator).double())
     V, _ = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator).double())
     s = (1 + torch.arange(shape[1]).double() / 8) ** -0.5
-    for k in (20, 90, 180):
-        s[k + 1] = s[k] * (1 - gap)
+    for run in CLOSE:
+        s[list(run)] = s[run[0]] * (1 - gap * torch.arange(len(run)).double())
     return ((U * s) @ V.mT).float()
 
 
@@ -277,38 +282,59 @@ def with_close_pairs(seed, gap, shape=(320, 256)):
 @pytest.mark.parametrize("shape", [(320, 256), (256, 256)])
 def test_close_features_are_told_apart_without_float64(gap, shape, monkeypatch):
     """A pair of 4096 × 4096 random singular values is often this close, and float32 blind to it."""
-    inputs = [with_close_pairs(seed, gap, shape) for seed in range(3)]
+    inputs = [with_close_runs(seed, gap, shape) for seed in range(3)]
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
     if gap <= 1e-5:
         monkeypatch.setattr(turning, "CLOSE", 0.0)
         assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
 
 
-@pytest.mark.parametrize("most", [2, 5, 512])
-def test_close_features_are_told_apart_batch_by_batch(most, monkeypatch):
-    """Runs of up to ``MOST`` are diagonalised to float64's precision, longer ones stay."""
-    M = with_close_pairs(0, 1e-5)
-    Vh = torch.linalg.svd(M.double(), full_matrices=False).Vh
+def mixed_within(runs, Vh):
+    """Rotate rows within runs by half a radian."""
     angle = torch.zeros(256, 256, dtype=torch.float64)
-    for k in (20, 90, 180):
-        angle[k, k + 1], angle[k + 1, k] = 0.5, -0.5
-    mixed = (torch.matrix_exp(angle) @ Vh).float()
+    for run in runs:
+        for k, following in pairwise(run):
+            angle[k, following], angle[following, k] = 0.5, -0.5
+    return torch.matrix_exp(angle) @ Vh
+
+
+@pytest.mark.parametrize(
+    ("most", "at_a_time"), [(1, []), (2, [2, 2]), (3, [2, 3, 2]), (5, [2, 5]), (512, [7])]
+)
+def test_runs_of_close_features_are_told_apart_batch_by_batch(most, at_a_time, monkeypatch):
+    """Runs of up to ``MOST`` are diagonalised to float64's precision, longer ones stay."""
+    M, rows = with_close_runs(0, 1e-5), []
+
+    def counted(A):
+        rows.append(A.shape[1])
+        return original(A)
+
+    original = torch.linalg.qr
+    exact = torch.linalg.svd(M.double(), full_matrices=False).Vh
+    mixed = mixed_within(CLOSE, exact)
+    image, Vh = (mixed @ M.double().mT).float(), mixed.float()
+    monkeypatch.setattr(torch.linalg, "qr", counted)
     monkeypatch.setattr(turning, "MOST", most)
     monkeypatch.setattr(turning, "CLOSE", 2e-5)
-    found, image = mixed.clone(), (mixed.double() @ M.double().mT).float()
-    turning.tell_apart(M, image, found)
-    found = found.double()
-    overlap = (found @ Vh.mT).abs()
-    pairs = torch.tensor([20, 21, 90, 91, 180, 181])
-    others = torch.ones(256, dtype=torch.bool).index_fill(0, pairs, False)
-    assert torch.equal(found[others], mixed[others].double())
-    assert float((overlap[pairs].max(dim=1).values - 1).abs().max()) <= 1e-6
-    assert float((found @ found.mT - torch.eye(256)).abs().max()) <= 1e-6
-    assert float((image - found @ M.double().mT).abs().max()) <= 1e-6
-    monkeypatch.setattr(turning, "MOST", 1)
-    kept = mixed.clone()
-    turning.tell_apart(M, mixed @ M.mT, kept)
-    assert torch.equal(kept, mixed)
+    turning.tell_apart(M, image, Vh)
+    assert rows == at_a_time
+    found = torch.tensor([k for run in CLOSE if len(run) <= most for k in run], dtype=torch.long)
+    others = torch.ones(256, dtype=torch.bool).index_fill(0, found, False)
+    assert torch.equal(Vh[others], mixed.float()[others])
+    overlap = (Vh.double() @ exact.mT).abs()
+    assert float((overlap[found].amax(dim=1) - 1).abs().sum()) <= 1e-6
+    assert float((Vh @ Vh.mT - torch.eye(256)).abs().max()) <= 1e-6
+    assert float((image - Vh.double() @ M.double().mT).abs().max()) <= 1e-6
+
+
+def test_noise_is_not_told_apart():
+    """What is shorter than a millionth of the longest is no feature."""
+    M = torch.diag(torch.tensor([1.0, 0.5, 1e-8, 1e-8]))
+    Vh = torch.eye(4)
+    Vh[2:, 2:] = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    before = Vh.clone()
+    turning.tell_apart(M, Vh @ M.mT, Vh)
+    assert torch.equal(Vh, before)
 
 
 class InOrder(TorchFunctionMode):
