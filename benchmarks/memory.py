@@ -32,20 +32,21 @@ def made(shape: tuple[int, int], tasks: int, device: str) -> Iterator[Tensor]:
 
 
 def once(name: str, device: str, route: str) -> None:
-    """Merge one stack of task matrices and print the peak."""
+    """Merge one stack of task matrices and print the peak and the routes taken."""
     m, n, tasks = (int(side) for side in name.split("x"))
     superpose(made((32, 32), 3, device))
     report = superpose(made((m, n), tasks, device), route=route).report
     assert report.converged
     on_card = device.startswith("cuda")
-    print(torch.cuda.max_memory_allocated() if on_card else peak_memory())
+    print(torch.cuda.max_memory_allocated() if on_card else peak_memory(), *set(report.routes))
 
 
-def peak(name: str, device: str, route: str) -> int:
-    """Run one shape in its own process and return its peak in bytes."""
+def peak(name: str, device: str, route: str) -> tuple[int, list[str]]:
+    """Run one shape in its own process and return its peak in bytes and the routes taken."""
     command = [sys.executable, __file__, "--once", name, "--device", device, "--route", route]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    used, *routes = done.stdout.split()
+    return int(used), routes
 
 
 def main() -> None:
@@ -57,13 +58,15 @@ def main() -> None:
     if given.once:
         once(given.once, given.device, given.route)
         return
-    idle = peak("32x32x3", given.device, "auto")
-    figures: dict[str, object] = {"route": given.route, "idle": idle}
+    idle, _ = peak("32x32x3", given.device, "auto")
+    figures: dict[str, object] = {"idle": idle}
     for name in given.shapes:
         m, n, tasks = (int(side) for side in name.split("x"))
         size = 4 * m * n * tasks
-        limit, used = 3 * size + 10**9, peak(name, given.device, given.route) - idle
-        figures[name] = {"task matrices": size, "used": used, "bound": limit}
+        highest, routes = peak(name, given.device, given.route)
+        assert given.route in ("auto", *routes), routes
+        limit, used = 3 * size + 10**9, highest - idle
+        figures[name] = {"routes": routes, "task matrices": size, "used": used, "bound": limit}
         print(
             f"{name}: {used / 1e9:.2f} GB for task matrices of {size / 1e9:.2f} GB, bound "
             f"{limit / 1e9:.2f} GB",

@@ -9,7 +9,6 @@ the task matrices.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from harness import (
@@ -30,15 +29,18 @@ from torch import Tensor
 from mergekit_stf.core import superpose
 
 
-def peak(matrices: list[Tensor], idle: int) -> int:
-    """Return the bytes that a merge of these matrices takes."""
-    if matrices[0].is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        superpose(matrices)
-        return torch.cuda.max_memory_allocated() - before
-    tasks, size = str(len(matrices)), str(matrices[0].shape[0])
-    return peak_of([sys.executable, __file__, "--once", tasks, "--size", size])[1] - idle
+def peak(tasks: int, size: int) -> int:
+    """Return the peak of a process that merges so many matrices on the CPU."""
+    command = [sys.executable, __file__, "--once", str(tasks), "--size", str(size)]
+    return peak_of(command)[1]
+
+
+def peak_on_card(matrices: list[Tensor]) -> int:
+    """Return the bytes that a merge takes beside its matrices on their card."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    superpose(matrices)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def main() -> None:
@@ -56,7 +58,8 @@ def main() -> None:
     error = distance(superpose(small).M, reference(small))
     assert error <= 1e-5, error
     figures: dict[str, object] = {"error": error, "size": given.size}
-    idle = peak_of([sys.executable, str(Path(__file__)), "--once", "1", "--size", "64"])[1]
+    on_card = given.device.startswith("cuda")
+    idle = 0 if on_card else peak(1, 64)
     for tasks in given.tasks:
         matrices = task_matrices(shape, tasks, given.device)
         report = superpose(matrices).report
@@ -64,7 +67,8 @@ def main() -> None:
         ours = spread(
             [seconds(lambda m=matrices: superpose(m), given.device) for _ in range(given.runs)]
         )
-        entry = {"ours": ours, "steps": report.iterations, "bytes": peak(matrices, idle)}
+        used = peak_on_card(matrices) if on_card else peak(tasks, given.size) - idle
+        entry = {"ours": ours, "steps": report.iterations, "bytes": used}
         line = f"T = {tasks}: {shown(ours)}, {report.iterations} steps, "
         line += f"{entry['bytes'] / 2**20:.0f} MiB"
         if tasks <= given.rival_up_to:

@@ -119,7 +119,7 @@ def command(root: Path, method: str, density: float, device: str) -> list[str]:
         str(root / f"out-{method}"),
         "--quiet",
         "--no-copy-tokenizer",
-        *(["--cuda"] if device == "cuda" else []),
+        *(["--cuda"] if device.startswith("cuda") else []),
     ]
     if method == "straightforward":
         return [sys.executable, __file__, "--as-rival", str(density), *arguments]

@@ -1,4 +1,4 @@
-"""Every engine benchmark runs, at a size where that takes a second, and checks its answers."""
+"""Every engine benchmark runs, at a size where that takes seconds, and checks its answers."""
 
 import json
 import runpy
@@ -13,7 +13,11 @@ SMALL = {
     "model_shapes": ["tiny", "--rival", "1"],
     "scaling": ["--size", "32", "--tasks", "2", "4", "--runs", "1"],
     "truncation": ["--size", "288", "--error-size", "288", "--ranks", "0.1", "--runs", "1"],
-    "memory": ["--shapes", "128x96x3"],
+    "memory": ["--shapes", "128x96x3", "--route", "gram_refined"],
+    "whole_merge": [
+        *("--hidden", "64", "--inner", "128", "--layers", "2", "--vocabulary", "100"),
+        *("--runs", "1"),
+    ],
     "trimming": ["--sizes", "300", "--runs", "1"],
 }
 

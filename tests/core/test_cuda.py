@@ -1,13 +1,11 @@
 """The engine on a card; skipped where there is none."""
 
-import numpy as np
 import pytest
 import torch
 
 from mergekit_stf.core import decompose, superpose, trim
 from mergekit_stf.core.routes import ROUTES
-from tests import oracle
-from tests.core.test_superpose import distance, expected, with_close_runs, with_equal_lengths
+from tests.core.cases import distance, expected, with_close_runs, with_equal_lengths
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,10 +23,9 @@ def matrices(shape, tasks, density=1.0):
 @pytest.mark.parametrize("density", [1.0, 0.2])
 def test_every_route_equals_the_oracle(route, shape, density):
     inputs = matrices(shape, 3, density)
-    expected = oracle.superpose([M.double().numpy() for M in inputs])
     result = superpose([M.cuda() for M in inputs], route=route).M
     assert result.is_cuda
-    error = np.linalg.norm(result.double().cpu().numpy() - expected) / np.linalg.norm(expected)
+    error = distance(result, expected(inputs))
     assert error <= {"svd": 1e-3, "gram_float32": 1e-3, "gram_refined": 2e-5}.get(route, 1e-5)
 
 
@@ -36,7 +33,7 @@ def test_every_route_equals_the_oracle(route, shape, density):
 def test_close_features_are_told_apart_without_float64(gap):
     inputs = [with_close_runs(seed, gap) for seed in range(3)]
     M = superpose([M.cuda() for M in inputs], route="gram_refined").M
-    assert distance(M.cpu(), expected(inputs)) <= 1e-5
+    assert distance(M, expected(inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("side", [200, 700])
@@ -52,10 +49,7 @@ def test_equal_singular_values_give_the_matrix_back(side, spread):
 
 def test_many_tasks_equal_the_oracle():
     inputs = matrices((96, 80), 24)
-    expected = oracle.superpose([M.double().numpy() for M in inputs])
-    result = superpose([M.cuda() for M in inputs]).M
-    error = np.linalg.norm(result.double().cpu().numpy() - expected) / np.linalg.norm(expected)
-    assert error <= 1e-5
+    assert distance(superpose([M.cuda() for M in inputs]).M, expected(inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("tasks", [4, 16])

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from mergekit_stf.core import decompose, precision, routes, superpose, trim, turning
 from mergekit_stf.core.routes import ROUTES
-from tests import oracle
+from tests.core.cases import CLOSE, distance, expected, with_close_runs, with_equal_lengths
 
 SHAPES = [(48, 48), (96, 40), (40, 96), (1, 33), (33, 1), (1, 1), (257, 64)]
 TOLERANCE = {
@@ -27,14 +27,6 @@ def matrices(shape, tasks, seed=0, density=1.0, shared=0.3):
         trim(torch.randn(shape, generator=generator) + shared * common, density)
         for _ in range(tasks)
     ]
-
-
-def distance(result, expected):
-    return float(np.linalg.norm(result.double().numpy() - expected) / np.linalg.norm(expected))
-
-
-def expected(inputs, rank=None):
-    return oracle.superpose([M.double().numpy() for M in inputs], rank)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +235,6 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
 
 
-def with_equal_lengths(side, spread):
-    """A matrix whose singular values are equal, or equal but for a part of this size."""
-    generator = torch.Generator().manual_seed(3)
-    U, _ = torch.linalg.qr(torch.randn(side + 60, side, generator=generator).double())
-    V, _ = torch.linalg.qr(torch.randn(side, side, generator=generator).double())
-    return ((U * (1 + spread * torch.rand(side, generator=generator))) @ V.mT).float()
-
-
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("spread", [0, 1e-6, 1e-4, 1e-2])
 def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route, spread):
@@ -264,24 +248,10 @@ def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route,
     assert distance(superpose([M], route=route).M, M.double().numpy()) <= 1e-4
 
 
-CLOSE = ((20, 21), (90, 91, 92), (180, 181))
-
-
-def with_close_runs(seed, gap, shape=(320, 256)):
-    """A matrix of decaying singular values, those of ``CLOSE`` with a small gap between them."""
-    generator = torch.Generator().manual_seed(seed)
-    U, _ = torch.linalg.qr(torch.randn(shape, generator=generator).double())
-    V, _ = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator).double())
-    s = (1 + torch.arange(shape[1]).double() / 8) ** -0.5
-    for run in CLOSE:
-        s[list(run)] = s[run[0]] * (1 - gap * torch.arange(len(run)).double())
-    return ((U * s) @ V.mT).float()
-
-
 @pytest.mark.parametrize("gap", [3e-6, 1e-5, 1e-4, 1e-3])
 @pytest.mark.parametrize("shape", [(320, 256), (256, 256)])
 def test_close_features_are_told_apart_without_float64(gap, shape, monkeypatch):
-    """A pair of 4096 × 4096 random singular values is often this close, and float32 blind to it."""
+    """Of 4096 random singular values two are now and then this close; float32 cannot tell them."""
     inputs = [with_close_runs(seed, gap, shape) for seed in range(3)]
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
     if gap <= 1e-5:

@@ -5,21 +5,11 @@ import torch
 from mergekit_stf.core import decompose, superpose, truncated
 from mergekit_stf.core.truncated import leading, low_rank
 from tests import oracle
-
-
-def spectrum(m, n, s, seed):
-    generator = torch.Generator().manual_seed(seed)
-    U = torch.linalg.qr(torch.randn(m, n, generator=generator)).Q
-    V = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
-    return (U * s) @ V.mT
+from tests.core.cases import distance, spectrum
 
 
 def decaying(m, n, seed):
     return spectrum(m, n, 1 / (1 + torch.arange(n) / 20.0), seed)
-
-
-def distance(result, expected):
-    return float(np.linalg.norm(result.double().numpy() - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
