@@ -24,10 +24,10 @@ APART = 0.01
 """Angle, in radians, from which on turning leaves less than rounding does."""
 
 TURNS = 8
-"""Times that all pairs are turned at most; one to three reach ``APART``."""
+"""Times that all pairs are turned at most; one to four reach ``APART`` where no two are close."""
 
 EQUAL = 3e-7
-"""Lengths that differ by less, relative to the longest, are equal: rounding picks their basis."""
+"""Lengths that differ by less, relative to the longest, are not turned apart: it would be noise."""
 
 CLOSE = 1e-4
 """Lengths that differ by less, relative to themselves, are told apart in float64 (see turning)."""

@@ -31,8 +31,8 @@ MOST = 512
 def settled(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Vh Mᵀ`` and ``Vh`` of the right singular vectors that the rows are mixtures of.
 
-    Where many lengths are equal to rounding, no basis of theirs is better and turning does not
-    settle: the last one is made orthonormal again.
+    Where lengths are nearly equal, rounding picks the angles and turning may not settle: the last
+    basis is made orthonormal again, and close features are told apart within it.
 
     Args:
         M: (m, n).
