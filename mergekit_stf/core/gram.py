@@ -37,10 +37,8 @@ class Blocks:
     """G by its blocks above the diagonal, ``(U_iᵀ U_j) ∘ (V_iᵀ V_j)``, i < j."""
 
     def __init__(self, features: Sequence[Features]) -> None:
-        ends = accumulate(f.rank for f in features)
-        spans = [slice(end - f.rank, end) for f, end in zip(features, ends, strict=True)]
         self.blocks: list[tuple[slice, slice, Tensor]] = []
-        for (rows, f), (columns, g) in combinations(zip(spans, features, strict=True), 2):
+        for (rows, f), (columns, g) in combinations(zip(spans(features), features, strict=True), 2):
             self.blocks.append((rows, columns, (f.U.mT @ g.U).mul_(f.Vh @ g.Vh.mT)))
 
     def apply(self, alpha: Tensor) -> Tensor:
@@ -79,14 +77,20 @@ def responses(f: Features, M: Tensor) -> Tensor:
     return (f.Vh @ M.mT).mul_(f.U.mT).sum(dim=1)
 
 
+def spans(features: Sequence[Features]) -> list[slice]:
+    """Return where each task's features are among the stacked ones."""
+    ends = accumulate(f.rank for f in features)
+    return [slice(end - f.rank, end) for f, end in zip(features, ends, strict=True)]
+
+
 def pairs(features: Sequence[Features]) -> int:
     """Return the number of entries of all blocks above the diagonal of G."""
     sizes = [f.rank for f in features]
     return (sum(sizes) ** 2 - sum(r * r for r in sizes)) // 2
 
 
-def gram(features: Sequence[Features]) -> Gram:
-    """Choose the cheaper form of G.
+def few(features: Sequence[Features]) -> bool:
+    """Say whether the blocks of G are the cheaper form of it.
 
     Counted in multiplications: the blocks cost ``r_i r_j (m + n)`` a pair, once; the products cost
     ``2 m n r_i`` a task and application. The blocks must also be small, or fit into the memory
@@ -95,6 +99,9 @@ def gram(features: Sequence[Features]) -> Gram:
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
     count, entries = sum(f.rank for f in features), pairs(features)
     affordable = entries <= max(SMALL, count * max(m, n))
-    if affordable and entries * (m + n) <= APPLICATIONS * 2 * m * n * count:
-        return Blocks(features)
-    return Products(features)
+    return affordable and entries * (m + n) <= APPLICATIONS * 2 * m * n * count
+
+
+def gram(features: Sequence[Features]) -> Gram:
+    """Choose the cheaper form of G."""
+    return Blocks(features) if few(features) else Products(features)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.decompose import decompose
-from mergekit_stf.core.features import Features
+from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.gram import combine
-from mergekit_stf.core.precision import full_precision
+from mergekit_stf.core.half import superposed
+from mergekit_stf.core.precision import full_precision, has_bfloat16
 from mergekit_stf.core.solve import NOTHING, Solution, solve
 from mergekit_stf.core.threads import over_tasks
 
@@ -111,25 +112,18 @@ def _superpose(
     source_dtype: torch.dtype,
     name: str,
 ) -> Superposition:
-    samples: list[Tensor] = []
-    shapes: set[tuple[int, ...]] = set()
-
-    def checked() -> Iterator[Tensor]:
-        for M in matrices:
-            shapes.add(tuple(M.shape))
-            if len(shapes) > 1:
-                raise ValueError(f"{name or 'task matrices'}: shapes differ: {sorted(shapes)}")
-            samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
-            yield M
-
-    features = over_tasks(lambda M: decompose(M, rank, route, source_dtype, name), checked(), rank)
+    inputs = _Inputs(name, rough=ridge is None and source_dtype == torch.bfloat16, rank=rank)
+    features = over_tasks(
+        lambda M: decompose(M, rank, route, source_dtype, name), inputs.read(matrices), rank
+    )
     if not features:
         raise ValueError(f"{name or 'superpose'}: at least one task matrix is needed")
     present = [f for f in features if f.rank]
     if not present:
-        zero = samples[0].new_zeros(shapes.pop())
-        return Superposition(zero, _report(features, None, zero, samples))
-    solution = solve(present, ridge)
+        zero = inputs.samples[0].new_zeros(inputs.shape)
+        return Superposition(zero, _report(features, None, zero, inputs.samples))
+    solution = None if inputs.total is None else superposed(present, inputs.total)
+    solution = solution or solve(present, ridge)
     if not solution.converged:
         warnings.warn(
             f"{name or 'a weight'}: the solve stopped at a relative residual of "
@@ -139,7 +133,48 @@ def _superpose(
             stacklevel=3,
         )
     M = combine(present, solution.alpha) if solution.M is None else solution.M
-    return Superposition(M, _report(features, solution, M, samples))
+    return Superposition(M, _report(features, solution, M, inputs.samples))
+
+
+class _Inputs:
+    """What is kept of the task matrices, which are taken one by one.
+
+    Attributes:
+        shape: of each.
+        samples: of each, at most ``SAMPLE`` entries, from which overlaps are estimated.
+        total: the sum of all, (m, n), where ``half`` will want it; else None.
+    """
+
+    def __init__(self, name: str, *, rough: bool, rank: float) -> None:
+        self.name, self.rough, self.rank = name, rough, rank
+        self.shape: tuple[int, ...] = ()
+        self.samples: list[Tensor] = []
+        self.total: Tensor | None = None
+
+    def read(self, matrices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the matrices.
+
+        Raises:
+            ValueError: their shapes differ.
+        """
+        for M in matrices:
+            self.shape = self.shape or tuple(M.shape)
+            if M.shape != self.shape:
+                shapes = sorted({self.shape, tuple(M.shape)})
+                raise ValueError(f"{self.name or 'task matrices'}: shapes differ: {shapes}")
+            self.samples.append(M.reshape(-1)[:: max(1, M.numel() // SAMPLE)].clone())
+            self._add(M)
+            yield M
+
+    def _add(self, M: Tensor) -> None:
+        if self.total is not None:
+            self.total += M
+        elif len(self.samples) == 1 and self._wanted(M):
+            self.total = M.clone()
+
+    def _wanted(self, M: Tensor) -> bool:
+        whole = kept_rank((M.shape[0], M.shape[1]), self.rank) == min(M.shape)
+        return self.rough and whole and M.dtype == torch.float32 and has_bfloat16(M.device)
 
 
 def _report(

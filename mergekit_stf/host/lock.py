@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_stf import __version__
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.precision import instructions
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.files import sha256_of, write_text
 from mergekit_stf.host.inputs import InputModel
@@ -166,7 +167,7 @@ def machine() -> dict[str, str]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "python": platform.python_version(),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "vectors": instructions(),
     }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import mergekit_stf
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.precision import instructions
 from mergekit_stf.host.files import sync
 
 PARTIAL = ".partial-"
@@ -78,8 +79,7 @@ def _build() -> tuple[str, ...]:
     for path in sorted((Path(mergekit_stf.__file__).parent / "core").glob("*.py")):
         source.update(path.read_bytes())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (mergekit_stf.__version__, source.hexdigest(), torch.__version__, capability, device)
+    return (mergekit_stf.__version__, source.hexdigest(), torch.__version__, instructions(), device)
 
 
 def _update(digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:

@@ -1,0 +1,97 @@
+"""The solve of bfloat16 checkpoints by products in bfloat16, checked against the answer itself.
+
+bfloat16 has eight bits, and processors with units for it multiply it two to ten times as fast as
+float32. Two things are small enough to be formed in it. G differs from the identity by cosines
+that are products of two, about 1/n for unrelated tasks, so that their rounding moves M by a few
+ten-thousandths. And the plain sum of the task matrices is known without any product, so that only
+what STF adds to it is one:
+
+    M = Σ_i M_i + Σ_k (alpha_k - s_k) u_k v_kᵀ
+
+Rounding the checkpoints to bfloat16 has moved M by a hundred times as much
+(``benchmarks/accuracy.py``). Where tasks nearly agree or contradict each other, G is close to
+singular and magnifies the rounding: what the solve tells of G's condition, and responses of the
+finished M measured in float32, decide whether the answer is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mergekit_stf.core.features import Features
+from mergekit_stf.core.gram import Blocks, few, responses, spans
+from mergekit_stf.core.solve import Solution, solve
+from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_CONDITION, HALF_RESIDUAL
+
+SAMPLED = 16
+"""One feature of so many is measured in the end."""
+
+
+def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
+    """Solve ``G alpha = s`` and assemble M with products in bfloat16.
+
+    Args:
+        features: of each task, over float32 matrices of one shape, all of each matrix.
+        total: the sum of the task matrices, (m, n), which becomes M.
+
+    Returns:
+        The solution with M, its residual measured on a sample of the features; ``None`` where
+        bfloat16 is not enough, or where many tasks are not solved by blocks. ``total`` is of no
+        more use then.
+    """
+    if not few(features):
+        return None
+    operator = HalfBlocks(features)
+    found = solve(features, operator=operator)
+    if found.cutoff or not found.converged or found.condition > HALF_CONDITION:
+        return None
+    change = operator.combine(torch.cat(found.alpha) - torch.cat([f.s for f in features]))
+    M = total.add_(change)
+    if torch.linalg.vector_norm(change.float()) > HALF_CHANGE * torch.linalg.vector_norm(M):
+        return None
+    residual = sampled_residual(features, M)
+    return replace(found, M=M, residual=residual) if residual <= HALF_RESIDUAL else None
+
+
+class HalfBlocks(Blocks):
+    """G by its blocks above the diagonal, one row of blocks at a time, formed in bfloat16.
+
+    Attributes:
+        Uh, Vh: the stacked features of all tasks, one a row, (r, m) and (r, n).
+    """
+
+    def __init__(self, features: Sequence[Features]) -> None:
+        self.Uh = torch.cat([f.U.mT.bfloat16() for f in features])
+        self.Vh = torch.cat([f.Vh.bfloat16() for f in features])
+        self.blocks = []
+        for rows in spans(features)[:-1]:
+            later = slice(rows.stop, self.Uh.shape[0])
+            cosines = self.Uh[rows] @ self.Uh[later].mT
+            cosines *= self.Vh[rows] @ self.Vh[later].mT
+            self.blocks.append((rows, later, cosines.float()))
+
+    def combine(self, alpha: Tensor) -> Tensor:
+        """Assemble ``Σ_k alpha_k u_k v_kᵀ``, (m, n) in bfloat16."""
+        return (self.Uh * alpha.bfloat16().unsqueeze(1)).mT @ self.Vh
+
+
+def sampled_residual(features: Sequence[Features], M: Tensor) -> float:
+    """Estimate ``|G alpha - s| / |s|`` from the responses ``u_kᵀ M v_k`` of a sample of features.
+
+    It holds the ``SAMPLED`` leading ones of each task, which ask for most, and after them the
+    middle one of every ``SAMPLED``, whose lack stands for that of its neighbours.
+    """
+    lacking = asked = 0.0
+    for f in features:
+        leading = range(min(SAMPLED, f.rank))
+        sample = [*leading, *range(SAMPLED + SAMPLED // 2, f.rank, SAMPLED)]
+        part = Features(f.U[:, sample], f.s[sample], f.Vh[sample], f.route)
+        square = (part.s - responses(part, M)).double().square()
+        lacking += float(square[:SAMPLED].sum() + SAMPLED * square[SAMPLED:].sum())
+        asked += float(f.s.double().square().sum())
+    return math.sqrt(lacking / asked)

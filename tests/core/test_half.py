@@ -1,0 +1,243 @@
+"""The solve of bfloat16 checkpoints with products in bfloat16: how near, when, and when not."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mergekit_stf.core import Features, decompose, half, precision, superpose
+from mergekit_stf.core.gram import Blocks, responses
+from mergekit_stf.core.solve import solve
+from mergekit_stf.core.tolerances import HALF_RESIDUAL, RANK
+from tests.core.cases import distance, expected
+
+engine = importlib.import_module("mergekit_stf.core.superpose")
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """Let the processor have units for bfloat16; without them the same products are slow."""
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: device.type == "cpu")
+
+
+@pytest.fixture
+def no_units(monkeypatch):
+    monkeypatch.setattr(engine, "has_bfloat16", lambda device: False)
+
+
+def draw(seed, m, n, decay=0.5):
+    """A random matrix with decaying singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = (1 + torch.arange(min(m, n)) / 8) ** -decay
+    A, B = (torch.randn(s, generator=generator) for s in ((m, min(m, n)), (min(m, n), n)))
+    return (A * scale) @ B / min(m, n)
+
+
+def merged(matrices, **options):
+    return superpose(matrices, **{"source_dtype": torch.bfloat16, **options})
+
+
+def exact(matrices, **options):
+    """The same with float32 products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "has_bfloat16", lambda device: False)
+        return merged(matrices, **options)
+
+
+def residual(matrices, M):
+    """How far all features of the matrices are from their responses, in float64."""
+    lacking, asked = [], []
+    for A in matrices:
+        U, s, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+        present = s > RANK * s[0]
+        lacking.append((s - ((Vh @ M.double().mT) * U.mT).sum(dim=1))[present])
+        asked.append(s[present])
+    return float(torch.cat(lacking).norm() / torch.cat(asked).norm())
+
+
+SHAPES = [(256, 256), (384, 160), (160, 384)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5])
+def test_the_answer_is_the_oracles_to_less_than_a_thousandth(units, shape, tasks):
+    matrices = [draw(i, *shape) for i in range(tasks)]
+    found = merged(matrices)
+    assert distance(found.M, expected(matrices)) <= HALF_RESIDUAL
+    if tasks > 1:
+        assert not torch.equal(found.M, exact(matrices).M)
+
+
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**16),
+    m=st.integers(2, 96),
+    n=st.integers(2, 96),
+    tasks=st.integers(1, 4),
+    shared=st.floats(0, 2),
+)
+def test_it_is_near_float32_products_whatever_the_tasks(units, seed, m, n, tasks, shared):
+    common = shared * draw(seed, m, n)
+    matrices = [draw(seed + 1 + i, m, n) + common for i in range(tasks)]
+    found, plain = merged(matrices), exact(matrices)
+    assert torch.linalg.norm(found.M - plain.M) <= 3e-3 * torch.linalg.norm(plain.M)
+    assert found.report.residual <= HALF_RESIDUAL or found.report == plain.report
+
+
+def test_one_task_gives_itself_to_the_bit(units):
+    M = draw(0, 80, 60)
+    assert torch.equal(merged([M]).M, M)
+
+
+@pytest.mark.parametrize("decay", [0, 0.5, 1.5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_residual_is_measured_on_the_answer(units, shape, decay):
+    matrices = [draw(i, *shape, decay) for i in range(4)]
+    found = merged(matrices, route="gram_float64")
+    whole = residual(matrices, found.M)
+    assert 1e-5 <= whole <= HALF_RESIDUAL
+    assert found.report.residual == pytest.approx(whole, rel=0.25)
+
+
+def test_the_sample_sees_an_answer_that_is_wrong():
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    features = [decompose(M) for M in matrices]
+    M = superpose(matrices).M
+    assert half.sampled_residual(features, M) <= 1e-6
+    assert half.sampled_residual(features, 1.01 * M) == pytest.approx(0.01, rel=0.1)
+    assert half.sampled_residual([*features[:2], decompose(draw(9, 96, 64))], M) >= 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"source_dtype": torch.float32},
+        {"source_dtype": torch.float16},
+        {"ridge": 0.1},
+        {"rank": 0.5},
+        {"rank": 20},
+    ],
+    ids=str,
+)
+def test_other_recipes_keep_float32_products(units, options):
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    assert torch.equal(merged(matrices, **options).M, exact(matrices, **options).M)
+
+
+def test_float64_matrices_keep_their_products(units):
+    matrices = [draw(i, 96, 64).double() for i in range(3)]
+    assert torch.equal(merged(matrices).M, exact(matrices).M)
+
+
+def test_a_count_of_all_features_is_all_of_them(units):
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    assert torch.equal(merged(matrices, rank=64).M, merged(matrices).M)
+
+
+def test_a_processor_without_units_keeps_float32_products(no_units, monkeypatch):
+    monkeypatch.setattr(half, "HalfBlocks", None)
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    assert merged(matrices).report.residual <= 1e-6
+
+
+CONTRADICTIONS = {
+    "equal": lambda A, B: [A, A],
+    "a multiple": lambda A, B: [A, 2 * A],
+    "opposite": lambda A, B: [A, -A],
+    "nearly equal": lambda A, B: [A, A + 0.1 * B],
+    "one lineage": lambda A, B: [A, 1.1 * A + 1e-3 * B],
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_tasks_that_nearly_agree_keep_float32_products(units, name):
+    matrices = CONTRADICTIONS[name](draw(0, 96, 96), draw(1, 96, 96))
+    found, plain = merged(matrices), exact(matrices)
+    assert torch.equal(found.M, plain.M)
+    assert found.report == plain.report
+
+
+@pytest.mark.parametrize("limit", ["HALF_CHANGE", "HALF_CONDITION", "HALF_RESIDUAL"])
+def test_an_answer_beyond_a_limit_is_not_taken(units, monkeypatch, limit):
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    assert not torch.equal(merged(matrices).M, exact(matrices).M)
+    monkeypatch.setattr(half, limit, 1e-7)
+    found, plain = merged(matrices), exact(matrices)
+    assert torch.equal(found.M, plain.M)
+    assert found.report == plain.report
+
+
+def test_many_tasks_are_left_to_products_and_sweeps(units):
+    matrices = [draw(i, 40, 40) for i in range(40)]
+    assert torch.equal(merged(matrices).M, exact(matrices).M)
+
+
+def test_zero_matrices_low_ranks_and_empty_columns_are_summed_too(units):
+    low = draw(1, 300, 4) @ draw(2, 4, 280)
+    gaps = draw(3, 300, 280)
+    gaps[:, ::3] = 0
+    matrices = [low, torch.zeros(300, 280), gaps]
+    found = merged(matrices)
+    assert distance(found.M, expected(matrices)) <= HALF_RESIDUAL
+    assert not torch.equal(found.M, exact(matrices).M)
+
+
+def test_inputs_are_left_as_they_are(units):
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    copies = [M.clone() for M in matrices]
+    merged(iter(matrices))
+    assert all(torch.equal(M, copy) for M, copy in zip(matrices, copies, strict=True))
+
+
+def test_the_same_bytes_again(units):
+    matrices = [draw(i, 256, 160) for i in range(3)]
+    assert torch.equal(merged(matrices).M, merged(matrices).M)
+
+
+def test_blocks_in_bfloat16_are_those_of_float32_rounded():
+    features = [decompose(draw(i, 200, 150), rank=r) for i, r in enumerate((1.0, 0.5, 7))]
+    alpha = torch.randn(232, generator=torch.Generator().manual_seed(9)).double()
+    plain, narrow = Blocks(features).apply(alpha), half.HalfBlocks(features).apply(alpha)
+    difference = (narrow - plain).norm() / (plain - alpha).norm()
+    assert 1e-4 <= difference <= 2**-7
+
+
+def test_the_change_is_assembled_from_all_features():
+    features = [decompose(draw(i, 200, 150)) for i in range(3)]
+    alpha = solve(features).alpha
+    found = half.HalfBlocks(features).combine(torch.cat(alpha)).float()
+    whole = sum((f.U * a) @ f.Vh for f, a in zip(features, alpha, strict=True))
+    assert found.shape == (200, 150)
+    assert torch.linalg.norm(found - whole) <= 2**-7 * torch.linalg.norm(whole)
+
+
+def test_responses_of_a_sample_are_those_of_the_whole():
+    f = decompose(draw(0, 96, 64))
+    M = draw(1, 96, 64)
+    part = Features(f.U[:, ::16], f.s[::16], f.Vh[::16], f.route)
+    torch.testing.assert_close(responses(part, M), responses(f, M)[::16])
+
+
+@pytest.mark.parametrize(
+    ("known", "answer"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
+        ({"avx512_f": True, "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_the_processor_is_asked(monkeypatch, known, answer):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert precision.has_bfloat16(torch.device("cpu")) is answer
+    assert precision.has_bfloat16(torch.device("meta")) is False
+    assert precision.instructions().endswith(" and bfloat16") is answer
+
+
+def test_an_older_torch_counts_as_without_units(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert precision.has_bfloat16(torch.device("cpu")) is False
