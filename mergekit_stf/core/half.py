@@ -23,13 +23,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features import Features
+from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.gram import Blocks, few, responses, spans
+from mergekit_stf.core.precision import has_bfloat16
 from mergekit_stf.core.solve import Solution, solve
 from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_CONDITION, HALF_RESIDUAL
 
+SMALLEST = 256
+"""Below this smaller side there is nothing to gain, and rounding shows more."""
+
 SAMPLED = 16
 """One feature of so many is measured in the end."""
+
+
+def worthwhile(M: Tensor, rank: float) -> bool:
+    """Say whether to solve in bfloat16, from one task matrix and the option ``rank``."""
+    m, n = M.shape
+    whole = kept_rank((m, n), rank) == min(m, n) >= SMALLEST
+    return whole and M.dtype == torch.float32 and has_bfloat16(M.device)
 
 
 def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
@@ -55,7 +66,9 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     if torch.linalg.vector_norm(change.float()) > HALF_CHANGE * torch.linalg.vector_norm(M):
         return None
     residual = sampled_residual(features, M)
-    return replace(found, M=M, residual=residual) if residual <= HALF_RESIDUAL else None
+    if residual > HALF_RESIDUAL:
+        return None
+    return replace(found, M=M, residual=residual, precision="bfloat16")
 
 
 class HalfBlocks(Blocks):

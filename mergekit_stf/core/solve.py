@@ -43,6 +43,7 @@ class Solution:
         ridge: the ridge that was added to the unit diagonal of G.
         cutoff: eigenvalue below which G was damped; 0 where the answer is exact.
         M: the merged matrix, (m, n), where the way of solving forms it anyhow.
+        precision: ``full``, that of the task matrices, or ``bfloat16`` (see ``half``).
     """
 
     alpha: tuple[Tensor, ...]
@@ -54,6 +55,7 @@ class Solution:
     ridge: float
     cutoff: float
     M: Tensor | None = None
+    precision: str = "full"
 
 
 NOTHING = Solution(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.decompose import decompose
-from mergekit_stf.core.features import Features, kept_rank
+from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import combine
-from mergekit_stf.core.half import superposed
-from mergekit_stf.core.precision import full_precision, has_bfloat16
+from mergekit_stf.core.half import superposed, worthwhile
+from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.solve import NOTHING, Solution, solve
 from mergekit_stf.core.threads import over_tasks
 
@@ -34,7 +34,8 @@ class Report:
         merged_norm: ``|M|``.
         sum_norm: ``|Σ M_i|`` of the kept features, from the overlaps.
         overlaps: ``<M_i, M_j> / (|M_i| |M_j|)``, T rows of T.
-        iterations, residual, converged, condition, energy, ridge, cutoff: see ``Solution``.
+        iterations, residual, converged, condition, energy, ridge, cutoff, precision: see
+            ``Solution``.
         alpha_ratio: quantiles 0, 0.25, 0.5, 0.75, 1 of ``alpha_k / s_k``.
     """
 
@@ -54,6 +55,7 @@ class Report:
     cutoff: float
     alpha_ratio: tuple[float, ...]
     spectra: tuple[tuple[float, ...], ...]
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,8 @@ class _Inputs:
     def _add(self, M: Tensor) -> None:
         if self.total is not None:
             self.total += M
-        elif len(self.samples) == 1 and self._wanted(M):
+        elif len(self.samples) == 1 and self.rough and worthwhile(M, self.rank):
             self.total = M.clone()
-
-    def _wanted(self, M: Tensor) -> bool:
-        whole = kept_rank((M.shape[0], M.shape[1]), self.rank) == min(M.shape)
-        return self.rough and whole and M.dtype == torch.float32 and has_bfloat16(M.device)
 
 
 def _report(
@@ -233,6 +231,7 @@ def assembled_report(
         energy=found.energy,
         ridge=found.ridge,
         cutoff=found.cutoff,
+        precision=found.precision,
         alpha_ratio=tuple(ordered[[i * (s.numel() - 1) // 4 for i in range(5)]].tolist())
         if found.alpha
         else (),

@@ -38,6 +38,7 @@ class Record(BaseModel):
         kept: features that each task brought into the system.
         iterations: applications of G.
         residual: ``‖Gα − s‖ / ‖s‖`` at the end of the solve.
+        precision: of the products of the solve, ``bfloat16`` or ``full``.
         converged: whether the solve came below its tolerance.
         condition: lower bound of the condition number of G.
         energy: ``‖M‖² / Σ‖M_i‖²`` of the exact answer; far above 1, tasks contradict each other.
@@ -64,6 +65,7 @@ class Record(BaseModel):
     kept: list[int] = []
     iterations: int | None = None
     residual: float | None = None
+    precision: str | None = None
     converged: bool | None = None
     condition: float | None = None
     energy: float | None = None

@@ -18,6 +18,7 @@ from mergekit import merge_methods
 from pydantic import BaseModel
 
 from mergekit_stf.core.decompose import choose_route
+from mergekit_stf.core.precision import has_bfloat16
 from mergekit_stf.host.autoload import REQUIREMENT, installed_host, is_supported
 
 PACKAGES = (
@@ -170,6 +171,8 @@ def _device(name: str) -> Device:
     types = (torch.float16, torch.bfloat16, torch.float32)
     routes = {str(t).removeprefix("torch."): choose_route(sample, t) for t in types}
     routes["float64"] = choose_route(sample.double(), torch.float64)
+    if has_bfloat16(device):
+        routes["bfloat16"] += ", solved in bfloat16"
     return Device(
         name=name,
         description=torch.cuda.get_device_name(device) if on_card else _processor(),

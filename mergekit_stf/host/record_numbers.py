@@ -32,6 +32,7 @@ def summary(reports: Sequence[Report], order: Sequence[int]) -> dict[str, Any]:
         "kept": [kept[task] for task in order],
         "iterations": max(report.iterations for report in reports),
         "residual": max(report.residual for report in reports),
+        "precision": next((r.precision for r in reports if r.precision != "full"), "full"),
         "converged": all(report.converged for report in reports),
         "condition": worst.condition,
         "energy": max(report.energy for report in reports),
