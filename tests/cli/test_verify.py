@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mergekit_stf.cli.main import main
+from mergekit_stf.core import precision
 from mergekit_stf.host.lock import text_digest
 from tests.host.models import save_family
 
@@ -199,6 +200,19 @@ def test_no_lock(root: Path) -> None:
 def test_a_lock_turns_on_no_remote_code(root: Path) -> None:
     edit_lock(root, lambda lock: lock["options"].update(trust_remote_code=True))
     assert "was merged with --trust-remote-code; say so here" in refused(verify("--rebuild"))
+
+
+def test_a_rebuild_on_another_processor_says_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "the processor has other vector instructions"
+    verify("--rebuild")
+    assert said not in caplog.text
+    machine = json.loads((root / "out" / "stf.lock.json").read_text())["machine"]
+    known = "bfloat16" in machine["vectors"]
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: not known)
+    verify("--rebuild")
+    assert said in caplog.text
 
 
 def test_a_rebuild_needs_the_same_device(root: Path) -> None:

@@ -95,6 +95,13 @@ def test_a_stack_tells_of_its_worst_matrix(tmp_path: Path) -> None:
     assert (record.residual, record.converged) == (1e-3, False)
 
 
+def test_a_stack_tells_of_a_matrix_that_was_solved_in_bfloat16(tmp_path: Path) -> None:
+    rough = replace(report(), precision="bfloat16")
+    for reports in ([report(), rough], [rough, report()]):
+        assert record_one(tmp_path / "d.jsonl", reports).precision == "bfloat16"
+    assert record_one(tmp_path / "d.jsonl", [report(), report()]).precision == "full"
+
+
 def test_the_solve_is_described(tmp_path: Path) -> None:
     record = record_one(tmp_path / "d.jsonl", [report()])
     assert record.kept == [16, 16, 16]

@@ -12,8 +12,8 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_stf.core import STFError
-from mergekit_stf.host import notices
+from mergekit_stf.core import STFError, half
+from mergekit_stf.host import diagnostics, notices
 from mergekit_stf.host.rules import rule_for
 from tests import oracle
 from tests.host.models import save_family
@@ -173,6 +173,37 @@ def test_computes_in_float32_or_better_and_rounds_once(dtype):
     unit = torch.finfo(dtype).eps
     engine = 0 if dtype == torch.float64 else 1e-5 * np.abs(expected - base.double().numpy()).max()
     assert (error <= 0.51 * unit * np.abs(expected) + 10 * engine + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameters", "precision"),
+    [
+        (torch.bfloat16, {}, "bfloat16"),
+        (torch.bfloat16, {"ridge": 0.1}, "full"),
+        (torch.float16, {}, "full"),
+        (torch.float32, {}, "full"),
+    ],
+)
+def test_only_bfloat16_checkpoints_are_solved_in_bfloat16(
+    tmp_path, monkeypatch, dtype, parameters, precision
+):
+    monkeypatch.setattr(half, "has_bfloat16", lambda device: True)
+    generator = torch.Generator().manual_seed(0)
+    base = 0.02 * torch.randn(256, 260, generator=generator).to(dtype)
+    noise = [0.002 * torch.randn(256, 260, generator=generator) for _ in range(3)]
+    tuned = [(base + part).to(dtype) for part in noise]
+    with diagnostics.recording(tmp_path / "records.jsonl"):
+        result = merge_tensors(
+            [base, *tuned], "stf", base_index=0, name="q_proj.weight", parameters=parameters
+        )
+    (record,) = diagnostics.read(tmp_path / "records.jsonl")
+    assert record.precision == precision
+    assert (1e-5 <= record.residual <= 1e-3) is (precision == "bfloat16")
+    if not parameters:
+        found = result.double() - base.double()
+        merged = oracle.superpose([(P.double() - base.double()).numpy() for P in tuned])
+        rounding = torch.finfo(dtype).eps * result.double().abs().numpy()
+        assert (np.abs(found.numpy() - 0.8 * merged) <= 0.5 * rounding + 5e-3 * 0.002).all()
 
 
 def test_rounds_to_the_output_type_without_a_detour():

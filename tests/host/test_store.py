@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_stf.core import precision
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import store as module
 from mergekit_stf.host import store_entry
@@ -52,6 +53,7 @@ def test_a_note_comes_back_with_its_matrix_and_is_checked_like_it(store: Store) 
 def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.arange(12.0).reshape(3, 4), torch.ones(3, 4)]
     options = {"rank": 1.0, "density": (0.2, 1.0)}
+    known = precision.has_bfloat16(torch.device("cpu"))
     key = store.key(tensors, options)
     assert store.key([t.clone() for t in tensors], dict(reversed(options.items()))) == key
     changed = [t.clone() for t in tensors]
@@ -71,6 +73,11 @@ def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPat
             store_entry._build.cache_clear()
             assert store.key(tensors, options) != key
         store_entry._build.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "has_bfloat16", lambda device: not known)
+        store_entry._build.cache_clear()
+        assert store.key(tensors, options) != key
+    store_entry._build.cache_clear()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
     assert store.key(tensors, options) != key
 
