@@ -20,6 +20,9 @@ from mergekit_stf.core.threads import over_tasks
 SAMPLE = 2**18
 """Entries of a task matrix from which overlaps are estimated; smaller matrices are used whole."""
 
+PORTION = 2**14
+"""Entries of each sample that are held in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -240,7 +243,9 @@ def assembled_report(
 
 def _overlaps(samples: list[Tensor]) -> Tensor:
     """Return the cosines between the sampled task matrices, (T, T), 0 for a zero matrix."""
-    stacked = torch.stack(samples).double()
-    inner = stacked @ stacked.mT
+    inner = samples[0].new_zeros(len(samples), len(samples), dtype=torch.float64)
+    for parts in zip(*(torch.split(sample, PORTION) for sample in samples), strict=True):
+        wide = torch.stack(parts).double()
+        inner.addmm_(wide, wide.mT)
     lengths = inner.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     return (inner / lengths / lengths.unsqueeze(1)).cpu()
