@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_stf.core.features import Features
 from mergekit_stf.core.precision import split
-from mergekit_stf.core.tolerances import FINE_TAIL, HEAD, RANK, ROUGH_TAIL, TAIL
+from mergekit_stf.core.tolerances import ALONG, FINE_TAIL, HEAD, RANK, ROUGH_TAIL, TAIL
 from mergekit_stf.core.turning import settled
 
 PANELS = 4
@@ -147,7 +147,7 @@ def _complete(image: Tensor, Vh: Tensor, route: str) -> Features:
     """
     s, order = torch.linalg.vector_norm(image, dim=1).sort(descending=True)
     kept = int(torch.count_nonzero(s > RANK * s[0]))
-    start = int(torch.count_nonzero(s > TAIL * s[0]))
+    start = int(torch.count_nonzero(s > ALONG * s[0]))
     order, s = order[:kept], s[:kept]
     Uh = image[order].div_(s.unsqueeze(1))
     along = (Uh @ Uh[start:].mT).triu_(1 - start)
