@@ -8,10 +8,11 @@ what STF adds to it is one:
 
     M = Σ_i M_i + Σ_k (alpha_k - s_k) u_k v_kᵀ
 
-Rounding the checkpoints to bfloat16 has moved M by a hundred times as much
-(``benchmarks/accuracy.py``). Where tasks nearly agree or contradict each other, G is close to
-singular and magnifies the rounding: what the solve tells of G's condition, and responses of the
-finished M measured in float32, decide whether the answer is taken.
+Many tasks are solved by sweeps that start from this sum. Rounding the checkpoints to bfloat16 has
+moved M by a hundred times as much (``benchmarks/accuracy.py``). Where tasks nearly agree or
+contradict each other, G is close to singular and magnifies the rounding: what the solve tells of
+G's condition, and responses of the finished M measured in float32, decide whether the answer is
+taken.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mergekit_stf.core import sweeps
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.gram import Blocks, few, responses, spans
 from mergekit_stf.core.precision import has_bfloat16
-from mergekit_stf.core.solve import Solution, solve
-from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_CONDITION, HALF_RESIDUAL
+from mergekit_stf.core.solve import Solution, solve, well_posed
+from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_ERROR
 
 SMALLEST = 256
 """Below this smaller side there is nothing to gain, and rounding shows more."""
@@ -46,29 +48,45 @@ def worthwhile(M: Tensor, rank: float) -> bool:
 def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     """Solve ``G alpha = s`` and assemble M with products in bfloat16.
 
+    With the residual ``ρ = s - diag(UᵀMV)``, M is off by ``(ρᵀ G⁻¹ ρ)^½``, at most ``|ρ|`` times
+    the root of G's condition, as its largest eigenvalue is 1 or more.
+
     Args:
         features: of each task, over float32 matrices of one shape, all of each matrix.
-        total: the sum of the task matrices, (m, n), which becomes M.
+        total: the sum of the task matrices, (m, n).
 
     Returns:
         The solution with M, its residual measured on a sample of the features; ``None`` where
-        bfloat16 is not enough, or where many tasks are not solved by blocks. ``total`` is of no
-        more use then.
+        bfloat16 is not enough.
     """
+    by_sweeps = sweeps.worthwhile(features)
+    found = (_by_sweeps if by_sweeps else _by_blocks)(features, total)
+    if found is None or found.M is None:
+        return None
+    change, length = (torch.linalg.vector_norm(x) for x in (found.M - total, found.M))
+    if change > HALF_CHANGE * length:
+        return None
+    residual = sampled_residual(features, found.M)
+    if residual * math.sqrt(found.condition) > HALF_ERROR:
+        return None
+    return replace(found, residual=residual, precision="bfloat16")
+
+
+def _by_blocks(features: Sequence[Features], total: Tensor) -> Solution | None:
     if not few(features):
         return None
     operator = HalfBlocks(features)
     found = solve(features, operator=operator)
-    if found.cutoff or not found.converged or found.condition > HALF_CONDITION:
+    if found.cutoff or not found.converged:
         return None
-    change = operator.combine(torch.cat(found.alpha) - torch.cat([f.s for f in features]))
-    M = total.add_(change)
-    if torch.linalg.vector_norm(change.float()) > HALF_CHANGE * torch.linalg.vector_norm(M):
-        return None
-    residual = sampled_residual(features, M)
-    if residual > HALF_RESIDUAL:
-        return None
-    return replace(found, M=M, residual=residual, precision="bfloat16")
+    change = torch.cat(found.alpha) - torch.cat([f.s for f in features])
+    return replace(found, M=total + operator.combine(change))
+
+
+def _by_sweeps(features: Sequence[Features], total: Tensor) -> Solution | None:
+    narrow = [Features(f.U.bfloat16(), f.s, f.Vh.bfloat16(), f.route) for f in features]
+    exact = sweeps.swept(narrow, total)
+    return well_posed(features, exact) if exact else None
 
 
 class HalfBlocks(Blocks):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
-from mergekit_stf.core.gram import pairs, responses
+from mergekit_stf.core.gram import add, pairs, responses
 from mergekit_stf.core.tolerances import RESIDUAL, VERIFIED, WELL_POSED
 
 EXPECTED = 6
@@ -69,27 +69,29 @@ def worthwhile(features: Sequence[Features]) -> bool:
     return len(features) >= FEWEST and pairs(features) * (m + n) > sweeps
 
 
-def swept(features: Sequence[Features]) -> Swept | None:
+def swept(features: Sequence[Features], total: Tensor | None = None) -> Swept | None:
     """Solve ``G alpha = s`` where the exact answer is wanted, that is, where it stays short.
 
     Args:
-        features: of each task, over matrices of one shape.
+        features: of each task, over matrices of one shape. The type of their vectors is that of the
+            products, and decides the tolerance.
+        total: ``Σ_k s_k u_k v_kᵀ``, (m, n), to start from; zero is the start without it.
 
     Returns:
         ``None`` if the energy exceeds ``WELL_POSED``, or if ``PATIENCE`` sweeps a task do not
         converge.
     """
-    dtype = features[0].s.dtype
+    dtype = features[0].U.dtype
     square = float(torch.cat([f.s for f in features]).double().square().sum())
     known = _Corrections(features)
-    M = torch.zeros_like(known.template)
-    alpha = known.target.new_zeros(known.target.shape)
+    M = torch.zeros_like(known.template) if total is None else total.clone()
+    alpha = torch.zeros_like(known.target) if total is None else known.target.clone()
     before = 0.0
     for number in range(1, PATIENCE * len(features) + 1):
         p, P = known.conjugate(*_sweep(features, M))
         step = (known.target @ p - _inner(M, P)) / known.squares[-1].clamp(min=TINY)
         alpha += step * p
-        M += step.to(dtype) * P
+        M += step.to(M.dtype) * P
         length, energy = torch.stack([known.squares[-1].sqrt() * step.abs(), _inner(M, M)]).tolist()
         if energy > WELL_POSED * square:
             return None
@@ -108,7 +110,7 @@ class _Corrections:
 
     def __init__(self, features: Sequence[Features]) -> None:
         first = features[0]
-        self.template = first.U.new_empty(first.U.shape[0], first.Vh.shape[1])
+        self.template = first.s.new_empty(first.U.shape[0], first.Vh.shape[1])
         self.target = torch.cat([f.s for f in features]).double()
         self.weights: list[Tensor] = []
         self.matrices: list[Tensor] = []
@@ -138,7 +140,7 @@ def _sweep(features: Sequence[Features], M: Tensor) -> tuple[Tensor, Tensor]:
     Z, lacking = torch.zeros_like(M), []
     for f in features:
         z = f.s - responses(f, M + Z)
-        Z.addmm_(f.U * z, f.Vh)
+        add(Z, f, z)
         lacking.append(z)
     return torch.cat(lacking).double(), Z
 
