@@ -4,11 +4,13 @@ Memory is the peak of a process of its own above an idle one, on a card that of 
 the task matrices.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
+    python benchmarks/scaling.py --source bfloat16 --json benchmarks/results/scaling_bfloat16.json
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from harness import (
@@ -28,18 +30,21 @@ from torch import Tensor
 
 from mergekit_stf.core import superpose
 
+ACCURACY = {"float32": 1e-5, "bfloat16": 3e-3}
+"""By type of the checkpoints; what bfloat16's own rounding hides is in ``accuracy.py``."""
 
-def peak(tasks: int, size: int) -> int:
+
+def peak(tasks: int, size: int, source: str) -> int:
     """Return the peak of a process that merges so many matrices on the CPU."""
-    command = [sys.executable, __file__, "--once", str(tasks), "--size", str(size)]
-    return peak_of(command)[1]
+    options = ["--once", str(tasks), "--size", str(size), "--source", source]
+    return peak_of([sys.executable, __file__, *options])[1]
 
 
-def peak_on_card(matrices: list[Tensor]) -> int:
+def peak_on_card(matrices: list[Tensor], source: torch.dtype) -> int:
     """Return the bytes that a merge takes beside its matrices on their card."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    superpose(matrices)
+    superpose(matrices, source_dtype=source)
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -48,28 +53,40 @@ def main() -> None:
     options.add_argument("--size", type=int, default=512)
     options.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     options.add_argument("--rival-up-to", type=int, default=8)
+    options.add_argument("--source", choices=ACCURACY, default="float32", help="checkpoints")
     options.add_argument("--once", type=int, help="merge this many matrices and end")
     given = options.parse_args()
     shape = (given.size, given.size)
+    source = getattr(torch, given.source)
+    merge = partial(superpose, source_dtype=source)
     if given.once:
-        superpose(task_matrices(shape, given.once, given.device))
+        merge(task_matrices(shape, given.once, given.device))
         return
-    small = task_matrices((192, 160), 16, given.device)
-    error = distance(superpose(small).M, reference(small))
-    assert error <= 1e-5, error
-    figures: dict[str, object] = {"error": error, "size": given.size}
+    small = task_matrices((288, 256), 16, given.device)
+    error = distance(merge(small).M, reference(small))
+    assert error <= ACCURACY[given.source], error
+    figures: dict[str, object] = {"error": error, "size": given.size, "source": given.source}
     on_card = given.device.startswith("cuda")
-    idle = 0 if on_card else peak(1, 64)
+    idle = 0 if on_card else peak(1, 64, given.source)
     for tasks in given.tasks:
         matrices = task_matrices(shape, tasks, given.device)
-        report = superpose(matrices).report
+        report = merge(matrices).report
         assert report.converged
         ours = spread(
-            [seconds(lambda m=matrices: superpose(m), given.device) for _ in range(given.runs)]
+            [seconds(lambda m=matrices: merge(m), given.device) for _ in range(given.runs)]
         )
-        used = peak_on_card(matrices) if on_card else peak(tasks, given.size) - idle
-        entry = {"ours": ours, "steps": report.iterations, "bytes": used}
-        line = f"T = {tasks}: {shown(ours)}, {report.iterations} steps, "
+        used = (
+            peak_on_card(matrices, source)
+            if on_card
+            else peak(tasks, given.size, given.source) - idle
+        )
+        entry = {
+            "ours": ours,
+            "steps": report.iterations,
+            "precision": report.precision,
+            "bytes": used,
+        }
+        line = f"T = {tasks}: {shown(ours)}, {report.iterations} steps, {report.precision}, "
         line += f"{entry['bytes'] / 2**20:.0f} MiB"
         if tasks <= given.rival_up_to:
             entry["rival"] = spread([seconds(lambda m=matrices: straightforward(m), given.device)])

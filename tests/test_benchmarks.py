@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mergekit_stf.core.precision import has_bfloat16
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SMALL = {
@@ -32,6 +35,16 @@ def test_benchmark(name, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert json.loads(written.read_text())["machine"]["torch"]
     assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_scaling_of_bfloat16_checkpoints(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = FOLDER / "scaling.py"
+    options = ["--source", "bfloat16", "--size", "288", "--tasks", "2", "--runs", "1"]
+    monkeypatch.setattr(sys, "argv", [str(script), *options])
+    runpy.run_path(str(script), run_name="__main__")
+    assert ("bfloat16" if has_bfloat16(torch.device("cpu")) else "full") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
