@@ -3,14 +3,18 @@
 Ours merges every matrix; the rival is timed beside it on a few of each shape, in turn.
 
     python benchmarks/model_shapes.py t5-base --json benchmarks/results/t5_base.json
+    python benchmarks/model_shapes.py t5-base --source bfloat16 \\
+        --json benchmarks/results/t5_base_bfloat16.json
     python benchmarks/model_shapes.py llama-2-7b --device cuda --rival 1 \\
         --json benchmarks/results/llama_2_7b_cuda.json
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from harness import (
@@ -39,16 +43,28 @@ MODELS: dict[str, tuple[int, list[tuple[tuple[int, int], int]]]] = {
 LIMITS = {"gram_refined": 1e-4, "gram_float32": 1e-3, "svd": 1e-3}
 """Error that a forced route may have; the default must be exact to 1e-5."""
 
+ROUGH = 1e-3
+"""The same for bfloat16 checkpoints and for leading features."""
+
 SEEDS = 8
 """Different stacks of task matrices of each shape, taken in turn."""
 
 
-def check(device: str, route: str, rank: float, limit: float) -> float:
+def limit_of(given: argparse.Namespace) -> float:
+    """Return the error that is allowed."""
+    if given.rank < 1 or given.source == "bfloat16":
+        return ROUGH
+    return LIMITS.get(given.route, 1e-5)
+
+
+def check(given: argparse.Namespace) -> float:
     """Compare with the float64 reference, at a size where that takes seconds."""
-    matrices = task_matrices((640, 512), 3, device, seed=1)
-    kept = None if rank == 1 else int(rank * 512)
-    error = distance(superpose(matrices, route=route, rank=rank).M, reference(matrices, kept))
-    assert error <= limit, error
+    matrices = task_matrices((640, 512), 3, given.device, seed=1)
+    kept = None if given.rank == 1 else int(given.rank * 512)
+    source = getattr(torch, given.source)
+    found = superpose(matrices, route=given.route, rank=given.rank, source_dtype=source)
+    error = distance(found.M, reference(matrices, kept))
+    assert error <= limit_of(given), error
     return error
 
 
@@ -57,6 +73,7 @@ def main() -> None:
     options.add_argument("model", choices=MODELS)
     options.add_argument("--rank", type=float, default=1.0)
     options.add_argument("--route", default="auto")
+    options.add_argument("--source", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--fraction", type=float, default=1.0, help="of each shape's matrices")
     options.add_argument("--rival", type=int, default=2, help="matrices of each shape, 0 for none")
     options.add_argument(
@@ -64,8 +81,9 @@ def main() -> None:
     )
     given = options.parse_args()
     tasks, shapes = MODELS[given.model]
-    limit = 1e-3 if given.rank < 1 else LIMITS.get(given.route, 1e-5)
-    figures: dict[str, object] = {"error": check(given.device, given.route, given.rank, limit)}
+    limit = limit_of(given)
+    merge = partial(superpose, rank=given.rank, source_dtype=getattr(torch, given.source))
+    figures: dict[str, object] = {"error": check(given), "source": given.source}
     print(f"error against float64: {figures['error']:.1e}")
     total, rivals = 0.0, 0.0
     for shape, count in shapes:
@@ -74,13 +92,13 @@ def main() -> None:
         for index in range(number):
             matrices = task_matrices(shape, tasks, given.device, seed=index % SEEDS)
             start = time.perf_counter()
-            M = superpose(matrices, rank=given.rank, route=given.route).M
+            M = merge(matrices, route=given.route).M
             synchronize(given.device)
             ours.append(time.perf_counter() - start)
             if index < given.rival:
                 rival.append(seconds(lambda m=matrices: straightforward(m), given.device))
             if given.beside and index < SEEDS:
-                default = superpose(matrices, rank=given.rank).M
+                default = merge(matrices).M
                 apart.append(distance(M, default.double().cpu()))
                 assert apart[-1] <= limit, apart[-1]
         total += sum(ours) * count / number
