@@ -1,5 +1,8 @@
 """The solve of bfloat16 checkpoints with products in bfloat16: how near, when, and when not."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -189,6 +192,34 @@ def test_many_tasks_are_solved_by_sweeps(units, monkeypatch, tasks, side):
     assert 3 <= found.report.iterations < plain.report.iterations
     assert distance(found.M, expected(matrices)) <= HALF_ERROR
     assert found.report.energy == pytest.approx(plain.report.energy, rel=1e-2)
+    middle = [report.alpha_ratio[1:4] for report in (found.report, plain.report)]
+    assert middle[0] == pytest.approx(middle[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("told", "taken"),
+    [
+        ({}, True),
+        ({"condition": 2.0}, True),
+        ({"condition": 4.0}, False),
+        ({"cutoff": 0.1}, False),
+        ({"converged": False}, False),
+    ],
+    ids=str,
+)
+def test_what_the_solve_tells_decides(monkeypatch, told, taken):
+    matrices = [draw(i, 96, 64) for i in range(3)]
+    features = [decompose(M) for M in matrices]
+    monkeypatch.setattr(half, "sampled_residual", lambda features, M: 2e-3)
+    monkeypatch.setattr(half, "solve", lambda *args, **more: replace(solve(*args, **more), **told))
+    assert (half.superposed(features, sum(matrices)) is not None) is taken
+
+
+def test_blocks_that_are_too_large_are_not_formed(units, monkeypatch):
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "SMALL", 0)
+    monkeypatch.setattr(half, "HalfBlocks", None)
+    matrices = [draw(i, 64, 64) for i in range(9)]
+    assert torch.equal(merged(matrices).M, exact(matrices).M)
 
 
 def test_many_tasks_that_nearly_agree_keep_float32_products(units):

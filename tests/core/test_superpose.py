@@ -9,7 +9,14 @@ from torch.overrides import TorchFunctionMode
 
 from mergekit_stf.core import decompose, precision, routes, superpose, trim, turning
 from mergekit_stf.core.routes import ROUTES
-from tests.core.cases import CLOSE, distance, expected, with_close_runs, with_equal_lengths
+from tests.core.cases import (
+    CLOSE,
+    distance,
+    expected,
+    spectrum,
+    with_close_runs,
+    with_equal_lengths,
+)
 
 SHAPES = [(48, 48), (96, 40), (40, 96), (1, 33), (33, 1), (1, 1), (257, 64)]
 TOLERANCE = {
@@ -92,6 +99,16 @@ def test_every_route_reproduces_its_matrix(route):
 
 def steep(shape):
     return [M * 10.0 ** -torch.linspace(0, 5, shape[1]) for M in matrices(shape, 2, seed=6)]
+
+
+@pytest.mark.parametrize("decades", [2, 3, 4])
+@pytest.mark.parametrize("route", ["gram_float32", "gram_refined"])
+def test_left_vectors_of_short_features_are_orthogonal_to_the_others(route, decades):
+    """Rounding leaves ``eps s_1`` along them in each image: 1e-3 of one of 1e-4 ``s_1``."""
+    s = torch.logspace(0, -decades, 256).double()
+    found = decompose(spectrum(300, 256, s, 0), route=route)
+    apart = found.U.mT @ found.U - torch.eye(found.rank)
+    assert float(apart.abs().max()) <= {"gram_float32": 5e-5, "gram_refined": 5e-6}[route]
 
 
 def test_short_images_are_formed_in_float64(monkeypatch):
