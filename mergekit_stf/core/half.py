@@ -8,7 +8,7 @@ what STF adds to it is one:
 
     M = Σ_i M_i + Σ_k (alpha_k - s_k) u_k v_kᵀ
 
-Many tasks are solved by sweeps that start from this sum. Rounding the checkpoints to bfloat16 has
+Many tasks are swept for what this sum lacks. Rounding the checkpoints to bfloat16 has
 moved M by a hundred times as much (``benchmarks/accuracy.py``). Where tasks nearly agree or
 contradict each other, G is close to singular and magnifies the rounding: what the solve tells of
 G's condition, and responses of the finished M measured in float32, decide whether the answer is
@@ -29,7 +29,7 @@ from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.gram import Blocks, few, responses, spans
 from mergekit_stf.core.precision import has_bfloat16
 from mergekit_stf.core.solve import Solution, solve, well_posed
-from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_ERROR
+from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_ERROR, WELL_POSED
 
 SMALLEST = 256
 """Below this smaller side there is nothing to gain, and rounding shows more."""
@@ -49,7 +49,8 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     """Solve ``G alpha = s`` and assemble M with products in bfloat16.
 
     With the residual ``ρ = s - diag(UᵀMV)``, M is off by ``(ρᵀ G⁻¹ ρ)^½``, at most ``|ρ|`` times
-    the root of G's condition, as its largest eigenvalue is 1 or more.
+    the root of G's condition, as its largest eigenvalue is 1 or more. It is asked of each task, so
+    that a short one does not drown in what longer ones leave.
 
     Args:
         features: of each task, over float32 matrices of one shape, all of each matrix.
@@ -66,9 +67,11 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     change, length = (torch.linalg.vector_norm(x) for x in (found.M - total, found.M))
     if change > HALF_CHANGE * length:
         return None
-    residual = sampled_residual(features, found.M)
-    if residual * math.sqrt(found.condition) > HALF_ERROR:
+    lacking, asked = sampled(features, found.M)
+    worst = float((lacking / asked).max())
+    if worst * math.sqrt(found.condition) > HALF_ERROR:
         return None
+    residual = float(torch.linalg.vector_norm(lacking) / torch.linalg.vector_norm(asked))
     return replace(found, residual=residual, precision="bfloat16")
 
 
@@ -84,9 +87,20 @@ def _by_blocks(features: Sequence[Features], total: Tensor) -> Solution | None:
 
 
 def _by_sweeps(features: Sequence[Features], total: Tensor) -> Solution | None:
-    narrow = [Features(f.U.bfloat16(), f.s, f.Vh.bfloat16(), f.route) for f in features]
-    exact = sweeps.swept(narrow, total)
-    return well_posed(features, exact) if exact else None
+    """Sweep for what the sum lacks, ``G (alpha - s) = s - G s``, which is measured in float32."""
+    narrow = [
+        Features(f.U.bfloat16(), f.s - responses(f, total), f.Vh.bfloat16(), f.route)
+        for f in features
+    ]
+    change = sweeps.swept(narrow)
+    if change is None:
+        return None
+    s = torch.cat([f.s for f in features])
+    M = total + change.M
+    energy = float(torch.linalg.vector_norm(M) / torch.linalg.vector_norm(s)) ** 2
+    if energy > WELL_POSED:
+        return None
+    return well_posed(features, replace(change, alpha=s + change.alpha, M=M, energy=energy))
 
 
 class HalfBlocks(Blocks):
@@ -111,18 +125,21 @@ class HalfBlocks(Blocks):
         return (self.Uh * alpha.bfloat16().unsqueeze(1)).mT @ self.Vh
 
 
-def sampled_residual(features: Sequence[Features], M: Tensor) -> float:
-    """Estimate ``|G alpha - s| / |s|`` from the responses ``u_kᵀ M v_k`` of a sample of features.
+def sampled(features: Sequence[Features], M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the responses ``u_kᵀ M v_k`` of each task lack, estimated, and their target.
 
-    It holds the ``SAMPLED`` leading ones of each task, which ask for most, and after them the
-    middle one of every ``SAMPLED``, whose lack stands for that of its neighbours.
+    The sample holds the ``SAMPLED`` leading features of each task, which ask for most, and after
+    them the middle one of every ``SAMPLED``, whose lack stands for that of its neighbours.
+
+    Returns:
+        ``|s_i - diag(U_iᵀ M V_i)|`` and ``|s_i|``, each (T,) in float64 on the CPU.
     """
-    lacking = asked = 0.0
+    lacking, asked = [], []
     for f in features:
         leading = range(min(SAMPLED, f.rank))
         sample = [*leading, *range(SAMPLED + SAMPLED // 2, f.rank, SAMPLED)]
         part = Features(f.U[:, sample], f.s[sample], f.Vh[sample], f.route)
         square = (part.s - responses(part, M)).double().square()
-        lacking += float(square[:SAMPLED].sum() + SAMPLED * square[SAMPLED:].sum())
-        asked += float(f.s.double().square().sum())
-    return math.sqrt(lacking / asked)
+        lacking.append(float(square[:SAMPLED].sum() + SAMPLED * square[SAMPLED:].sum()) ** 0.5)
+        asked.append(float(torch.linalg.vector_norm(f.s, dtype=torch.float64)))
+    return torch.tensor(lacking, dtype=torch.float64), torch.tensor(asked, dtype=torch.float64)

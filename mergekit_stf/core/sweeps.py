@@ -69,13 +69,12 @@ def worthwhile(features: Sequence[Features]) -> bool:
     return len(features) >= FEWEST and pairs(features) * (m + n) > sweeps
 
 
-def swept(features: Sequence[Features], total: Tensor | None = None) -> Swept | None:
+def swept(features: Sequence[Features]) -> Swept | None:
     """Solve ``G alpha = s`` where the exact answer is wanted, that is, where it stays short.
 
     Args:
         features: of each task, over matrices of one shape. The type of their vectors is that of the
             products, and decides the tolerance.
-        total: ``Σ_k s_k u_k v_kᵀ``, (m, n), to start from; zero is the start without it.
 
     Returns:
         ``None`` if the energy exceeds ``WELL_POSED``, or if ``PATIENCE`` sweeps a task do not
@@ -84,8 +83,8 @@ def swept(features: Sequence[Features], total: Tensor | None = None) -> Swept | 
     dtype = features[0].U.dtype
     square = float(torch.cat([f.s for f in features]).double().square().sum())
     known = _Corrections(features)
-    M = torch.zeros_like(known.template) if total is None else total.clone()
-    alpha = torch.zeros_like(known.target) if total is None else known.target.clone()
+    M = torch.zeros_like(known.template)
+    alpha = torch.zeros_like(known.target)
     before = 0.0
     for number in range(1, PATIENCE * len(features) + 1):
         p, P = known.conjugate(*_sweep(features, M))

@@ -110,9 +110,13 @@ def test_the_sample_sees_an_answer_that_is_wrong():
     matrices = [draw(i, 96, 64) for i in range(3)]
     features = [decompose(M) for M in matrices]
     M = superpose(matrices).M
-    assert half.sampled_residual(features, M) <= 1e-6
-    assert half.sampled_residual(features, 1.01 * M) == pytest.approx(0.01, rel=0.1)
-    assert half.sampled_residual([*features[:2], decompose(draw(9, 96, 64))], M) >= 0.1
+    lacking, asked = half.sampled(features, M)
+    assert float((lacking / asked).max()) <= 1e-6
+    assert asked.tolist() == pytest.approx([float(A.norm()) for A in matrices])
+    lacking, asked = half.sampled(features, 1.01 * M)
+    assert (lacking / asked).tolist() == pytest.approx([0.01] * 3, rel=0.1)
+    lacking, asked = half.sampled([*features[:2], decompose(draw(9, 96, 64))], M)
+    assert (lacking / asked > 0.1).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +214,8 @@ def test_many_tasks_are_solved_by_sweeps(units, monkeypatch, tasks, side):
 def test_what_the_solve_tells_decides(monkeypatch, told, taken):
     matrices = [draw(i, 96, 64) for i in range(3)]
     features = [decompose(M) for M in matrices]
-    monkeypatch.setattr(half, "sampled_residual", lambda features, M: 2e-3)
+    measured = 2e-3 * torch.ones(3), torch.ones(3)
+    monkeypatch.setattr(half, "sampled", lambda features, M: measured)
     monkeypatch.setattr(half, "solve", lambda *args, **more: replace(solve(*args, **more), **told))
     assert (half.superposed(features, sum(matrices)) is not None) is taken
 
@@ -220,6 +225,14 @@ def test_blocks_that_are_too_large_are_not_formed(units, monkeypatch):
     monkeypatch.setattr(half, "HalfBlocks", None)
     matrices = [draw(i, 64, 64) for i in range(9)]
     assert torch.equal(merged(matrices).M, exact(matrices).M)
+
+
+@pytest.mark.parametrize(("scale", "taken"), [(1, True), (0.5, True), (0.01, False), (1e-4, False)])
+def test_a_short_task_does_not_drown_in_the_others(units, scale, taken):
+    matrices = [draw(0, 256, 256), scale * draw(1, 256, 256), draw(2, 256, 256)]
+    found = merged(matrices, route="gram_float64")
+    assert (found.report.precision == "bfloat16") is taken
+    assert residual(matrices[1:2], found.M) <= HALF_ERROR
 
 
 def test_many_tasks_that_nearly_agree_keep_float32_products(units):
@@ -238,6 +251,7 @@ def test_zero_matrices_low_ranks_and_empty_columns_are_summed_too(units):
     low = draw(1, 300, 4) @ draw(2, 4, 280)
     gaps = draw(3, 300, 280)
     gaps[:, ::3] = 0
+    low *= gaps.norm() / low.norm()
     matrices = [low, torch.zeros(300, 280), gaps]
     found = merged(matrices)
     assert distance(found.M, expected(matrices)) <= HALF_ERROR

@@ -45,19 +45,6 @@ def test_it_is_the_solution_of_the_system(dtype, limit):
     assert found.energy == pytest.approx(float(s @ expected / (s @ s)), rel=10 * limit)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
-def test_the_sum_as_the_start_gives_the_same_solution(dtype, limit):
-    features = many(dtype=dtype)
-    total = combine(features, [f.s for f in features])
-    kept = total.clone()
-    expected, found = swept(features), swept(features, total)
-    assert torch.equal(total, kept)
-    for start, other in ((found.alpha, expected.alpha), (found.M, expected.M)):
-        assert float((start - other).norm() / other.norm()) <= limit
-    assert found.sweeps <= expected.sweeps
-    assert found.energy == pytest.approx(expected.energy, rel=10 * limit)
-
-
 def test_the_residual_is_the_one_of_the_system():
     features = many()
     s = torch.cat([f.s for f in features]).double()
