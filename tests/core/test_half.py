@@ -214,7 +214,7 @@ def test_many_tasks_are_solved_by_sweeps(units, monkeypatch, tasks, side):
 def test_what_the_solve_tells_decides(monkeypatch, told, taken):
     matrices = [draw(i, 96, 64) for i in range(3)]
     features = [decompose(M) for M in matrices]
-    measured = 2e-3 * torch.ones(3), torch.ones(3)
+    measured = 2.5e-3 * torch.ones(3), torch.ones(3)
     monkeypatch.setattr(half, "sampled", lambda features, M: measured)
     monkeypatch.setattr(half, "solve", lambda *args, **more: replace(solve(*args, **more), **told))
     assert (half.superposed(features, sum(matrices)) is not None) is taken
