@@ -47,6 +47,7 @@ class Device(BaseModel):
         float32: measured 10⁹ operations per second in a 1024 × 1024 product.
         float64: the same in double precision.
         routes: the engine's decomposition for checkpoints of each type.
+        bfloat16: whether it has units for bfloat16, in which such checkpoints are solved.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Device(BaseModel):
     float32: float
     float64: float
     routes: dict[str, str]
+    bfloat16: bool
 
 
 class Health(BaseModel):
@@ -171,14 +173,13 @@ def _device(name: str) -> Device:
     types = (torch.float16, torch.bfloat16, torch.float32)
     routes = {str(t).removeprefix("torch."): choose_route(sample, t) for t in types}
     routes["float64"] = choose_route(sample.double(), torch.float64)
-    if has_bfloat16(device):
-        routes["bfloat16"] += ", solved in bfloat16"
     return Device(
         name=name,
         description=torch.cuda.get_device_name(device) if on_card else _processor(),
         float32=_rate(device, torch.float32),
         float64=_rate(device, torch.float64),
         routes=routes,
+        bfloat16=has_bfloat16(device),
     )
 
 
