@@ -68,22 +68,13 @@ def combine(features: Sequence[Features], alpha: Sequence[Tensor]) -> Tensor:
     first = features[0]
     M = first.U.new_zeros(first.U.shape[0], first.Vh.shape[1])
     for f, a in zip(features, alpha, strict=True):
-        add(M, f, a)
+        M.addmm_(f.U * a.to(f.U.dtype), f.Vh)
     return M
 
 
-def add(M: Tensor, f: Features, alpha: Tensor) -> None:
-    """Add ``Σ_k alpha_k u_k v_kᵀ`` of one task to M, by a product in the type of U and Vh."""
-    weighted = f.U * alpha.to(f.U.dtype)
-    if M.dtype == f.U.dtype:
-        M.addmm_(weighted, f.Vh)
-    else:
-        M += weighted @ f.Vh
-
-
 def responses(f: Features, M: Tensor) -> Tensor:
-    """Return ``u_kᵀ M v_k`` for each feature of one task, (r,), by products in the type of U."""
-    return (f.Vh @ M.mT.to(f.Vh.dtype)).mul_(f.U.mT).sum(dim=1, dtype=f.s.dtype)
+    """Return ``u_kᵀ M v_k`` for each feature of one task, (r,)."""
+    return (f.Vh @ M.mT).mul_(f.U.mT).sum(dim=1)
 
 
 def spans(features: Sequence[Features]) -> list[slice]:

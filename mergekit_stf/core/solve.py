@@ -87,7 +87,7 @@ def solve(
     if ridge is None and operator is None and worthwhile(features):
         exact = swept(features)
         if exact is not None:
-            return well_posed(features, exact)
+            return _well_posed(features, exact)
     s = torch.cat([f.s for f in features]).double()
     sizes = [f.rank for f in features]
     scale = float(torch.linalg.vector_norm(s))
@@ -106,8 +106,7 @@ def solve(
     )
 
 
-def well_posed(features: Sequence[Features], exact: Swept) -> Solution:
-    """Return the solution that sweeps have found."""
+def _well_posed(features: Sequence[Features], exact: Swept) -> Solution:
     alpha = torch.split(exact.alpha, [f.rank for f in features])
     return Solution(
         alpha=tuple(a.to(f.s.dtype) for a, f in zip(alpha, features, strict=True)),

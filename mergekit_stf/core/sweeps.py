@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
-from mergekit_stf.core.gram import add, pairs, responses
+from mergekit_stf.core.gram import pairs, responses
 from mergekit_stf.core.tolerances import RESIDUAL, VERIFIED, WELL_POSED
 
 EXPECTED = 6
@@ -73,24 +73,23 @@ def swept(features: Sequence[Features]) -> Swept | None:
     """Solve ``G alpha = s`` where the exact answer is wanted, that is, where it stays short.
 
     Args:
-        features: of each task, over matrices of one shape. The type of their vectors is that of the
-            products, and decides the tolerance.
+        features: of each task, over matrices of one shape.
 
     Returns:
         ``None`` if the energy exceeds ``WELL_POSED``, or if ``PATIENCE`` sweeps a task do not
         converge.
     """
-    dtype = features[0].U.dtype
+    dtype = features[0].s.dtype
     square = float(torch.cat([f.s for f in features]).double().square().sum())
     known = _Corrections(features)
     M = torch.zeros_like(known.template)
-    alpha = torch.zeros_like(known.target)
+    alpha = known.target.new_zeros(known.target.shape)
     before = 0.0
     for number in range(1, PATIENCE * len(features) + 1):
         p, P = known.conjugate(*_sweep(features, M))
         step = (known.target @ p - _inner(M, P)) / known.squares[-1].clamp(min=TINY)
         alpha += step * p
-        M += step.to(M.dtype) * P
+        M += step.to(dtype) * P
         length, energy = torch.stack([known.squares[-1].sqrt() * step.abs(), _inner(M, M)]).tolist()
         if energy > WELL_POSED * square:
             return None
@@ -109,7 +108,7 @@ class _Corrections:
 
     def __init__(self, features: Sequence[Features]) -> None:
         first = features[0]
-        self.template = first.s.new_empty(first.U.shape[0], first.Vh.shape[1])
+        self.template = first.U.new_empty(first.U.shape[0], first.Vh.shape[1])
         self.target = torch.cat([f.s for f in features]).double()
         self.weights: list[Tensor] = []
         self.matrices: list[Tensor] = []
@@ -139,7 +138,7 @@ def _sweep(features: Sequence[Features], M: Tensor) -> tuple[Tensor, Tensor]:
     Z, lacking = torch.zeros_like(M), []
     for f in features:
         z = f.s - responses(f, M + Z)
-        add(Z, f, z)
+        Z.addmm_(f.U * z, f.Vh)
         lacking.append(z)
     return torch.cat(lacking).double(), Z
 
