@@ -36,7 +36,8 @@ class Solution:
     Attributes:
         alpha: one (r_i,) vector a task.
         iterations: applications of G, or sweeps.
-        residual: ``|G alpha - s| / |s|`` of the system that was solved, (G + ridge I) with a ridge.
+        residual: ``|G alpha - s| / |s|`` of the system that was solved, (G + ridge I) with a ridge;
+            estimated from a sample of the responses of M where products were in bfloat16.
         converged: the residual, or the change of a damped solution, came below the tolerance.
         condition: ratio of the extreme Ritz values, a lower bound of the condition of G.
         energy: ``|M|² / Σ|M_i|²`` of the exact solution, or the bound at which it was given up.

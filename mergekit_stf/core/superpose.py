@@ -85,12 +85,13 @@ def superpose(
 
     Args:
         matrices: the task matrices ``w_i (P_i - P_0)``, each (m, n), float32 or float64, on one
-            device. They are taken one by one, and none is kept.
+            device. They are taken one by one, and none is kept; at most their sum is.
         rank: leading features of each task to keep, a fraction up to 1 or a count above 1.
         ridge: regularisation of the solve, relative to the unit diagonal of G; ``None`` gives the
             exact answer where the system is well posed and a damped one where it is not.
         route: decomposition to use, ``auto`` or a key of ``routes.ROUTES``.
-        source_dtype: type of the checkpoints; half types allow a quicker decomposition.
+        source_dtype: type of the checkpoints; bfloat16 allows a quicker decomposition and, on some
+            processors, a quicker solve (``half``).
         name: of the weight, for warnings and errors.
 
     Raises:
