@@ -32,6 +32,10 @@ sys.exit(status)
 
 RESULTS = Path(__file__).parent / "results"
 
+ACCURACY = {"float32": 1e-5, "bfloat16": 1e-3}
+"""Error of M that is allowed, by type of the checkpoints; ``accuracy.py`` has what bfloat16's own
+rounding hides."""
+
 
 def straightforward(matrices: Sequence[Tensor]) -> Tensor:
     """The paper's Algorithm 1 as it stands: SVDs, the full r×r system, one dense solve."""
@@ -161,6 +165,11 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--device", default="cpu")
     found.add_argument("--json", type=Path, help="file for the figures")
     return found
+
+
+def add_source(options: argparse.ArgumentParser) -> None:
+    """Add the option that says of which type the checkpoints are."""
+    options.add_argument("--source", choices=ACCURACY, default="float32", help="checkpoints")
 
 
 def write(path: Path | None, figures: dict[str, Any], device: str = "cpu") -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from harness import parser, peak_memory, write
+from harness import add_source, parser, peak_memory, write
 from torch import Tensor
 
 from mergekit_stf.core import superpose
@@ -31,22 +31,25 @@ def made(shape: tuple[int, int], tasks: int, device: str) -> Iterator[Tensor]:
         yield M.mul_((1 + torch.arange(shape[1], device=device) / 8) ** -0.5)
 
 
-def once(name: str, device: str, route: str) -> None:
-    """Merge one stack of task matrices and print the peak and the routes taken."""
+def once(name: str, device: str, route: str, source: str) -> None:
+    """Merge one stack of task matrices and print the peak, the solve's precision and the routes."""
     m, n, tasks = (int(side) for side in name.split("x"))
     superpose(made((32, 32), 3, device))
-    report = superpose(made((m, n), tasks, device), route=route).report
+    dtype = getattr(torch, source)
+    report = superpose(made((m, n), tasks, device), route=route, source_dtype=dtype).report
     assert report.converged
     on_card = device.startswith("cuda")
-    print(torch.cuda.max_memory_allocated() if on_card else peak_memory(), *set(report.routes))
+    used = torch.cuda.max_memory_allocated() if on_card else peak_memory()
+    print(used, report.precision, *set(report.routes))
 
 
-def peak(name: str, device: str, route: str) -> tuple[int, list[str]]:
-    """Run one shape in its own process and return its peak in bytes and the routes taken."""
-    command = [sys.executable, __file__, "--once", name, "--device", device, "--route", route]
+def peak(name: str, device: str, route: str, source: str) -> tuple[int, str, list[str]]:
+    """Run one shape in its own process and return what ``once`` prints, the peak in bytes."""
+    options = ["--once", name, "--device", device, "--route", route, "--source", source]
+    command = [sys.executable, __file__, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    used, *routes = done.stdout.split()
-    return int(used), routes
+    used, precision, *routes = done.stdout.split()
+    return int(used), precision, routes
 
 
 def main() -> None:
@@ -54,22 +57,29 @@ def main() -> None:
     options.add_argument("--shapes", nargs="+", default=SHAPES)
     options.add_argument("--route", default="auto")
     options.add_argument("--once")
+    add_source(options)
     given = options.parse_args()
     if given.once:
-        once(given.once, given.device, given.route)
+        once(given.once, given.device, given.route, given.source)
         return
-    idle, _ = peak("32x32x3", given.device, "auto")
-    figures: dict[str, object] = {"idle": idle}
+    idle, *_ = peak("32x32x3", given.device, "auto", given.source)
+    figures: dict[str, object] = {"idle": idle, "source": given.source}
     for name in given.shapes:
         m, n, tasks = (int(side) for side in name.split("x"))
         size = 4 * m * n * tasks
-        highest, routes = peak(name, given.device, given.route)
+        highest, precision, routes = peak(name, given.device, given.route, given.source)
         assert given.route in ("auto", *routes), routes
         limit, used = 3 * size + 10**9, highest - idle
-        figures[name] = {"routes": routes, "task matrices": size, "used": used, "bound": limit}
+        figures[name] = {
+            "routes": routes,
+            "precision": precision,
+            "task matrices": size,
+            "used": used,
+            "bound": limit,
+        }
         print(
             f"{name}: {used / 1e9:.2f} GB for task matrices of {size / 1e9:.2f} GB, bound "
-            f"{limit / 1e9:.2f} GB",
+            f"{limit / 1e9:.2f} GB, solved in {precision} precision",
             flush=True,
         )
         assert used <= limit, name

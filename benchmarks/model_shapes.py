@@ -18,6 +18,8 @@ from functools import partial
 
 import torch
 from harness import (
+    ACCURACY,
+    add_source,
     distance,
     parser,
     peak_memory,
@@ -41,10 +43,10 @@ MODELS: dict[str, tuple[int, list[tuple[tuple[int, int], int]]]] = {
 """Tasks, and the shapes with their number: 192 matrices of T5-base, 224 of Llama-2-7B."""
 
 LIMITS = {"gram_refined": 1e-4, "gram_float32": 1e-3, "svd": 1e-3}
-"""Error that a forced route may have; the default must be exact to 1e-5."""
+"""Error that a forced route may have."""
 
-ROUGH = 1e-3
-"""The same for bfloat16 checkpoints and for leading features."""
+TRUNCATED = 1e-3
+"""Error that leading features may have."""
 
 SEEDS = 8
 """Different stacks of task matrices of each shape, taken in turn."""
@@ -52,9 +54,9 @@ SEEDS = 8
 
 def limit_of(given: argparse.Namespace) -> float:
     """Return the error that is allowed."""
-    if given.rank < 1 or given.source == "bfloat16":
-        return ROUGH
-    return LIMITS.get(given.route, 1e-5)
+    if given.rank < 1:
+        return TRUNCATED
+    return max(ACCURACY[given.source], LIMITS.get(given.route, 0.0))
 
 
 def check(given: argparse.Namespace) -> float:
@@ -73,7 +75,7 @@ def main() -> None:
     options.add_argument("model", choices=MODELS)
     options.add_argument("--rank", type=float, default=1.0)
     options.add_argument("--route", default="auto")
-    options.add_argument("--source", choices=["float32", "bfloat16"], default="float32")
+    add_source(options)
     options.add_argument("--fraction", type=float, default=1.0, help="of each shape's matrices")
     options.add_argument("--rival", type=int, default=2, help="matrices of each shape, 0 for none")
     options.add_argument(

@@ -14,6 +14,8 @@ from functools import partial
 
 import torch
 from harness import (
+    ACCURACY,
+    add_source,
     distance,
     parser,
     peak_memory,
@@ -30,8 +32,8 @@ from torch import Tensor
 
 from mergekit_stf.core import superpose
 
-ACCURACY = {"float32": 1e-5, "bfloat16": 3e-3}
-"""By type of the checkpoints; what bfloat16's own rounding hides is in ``accuracy.py``."""
+LIMITS = ACCURACY | {"bfloat16": 2e-3}
+"""Error allowed for sixteen models, whose M rounding to bfloat16 changes by 0.2."""
 
 
 def peak(tasks: int, size: int, source: str) -> int:
@@ -53,7 +55,7 @@ def main() -> None:
     options.add_argument("--size", type=int, default=512)
     options.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     options.add_argument("--rival-up-to", type=int, default=8)
-    options.add_argument("--source", choices=ACCURACY, default="float32", help="checkpoints")
+    add_source(options)
     options.add_argument("--once", type=int, help="merge this many matrices and end")
     given = options.parse_args()
     shape = (given.size, given.size)
@@ -64,7 +66,7 @@ def main() -> None:
         return
     small = task_matrices((288, 256), 16, given.device)
     error = distance(merge(small).M, reference(small))
-    assert error <= ACCURACY[given.source], error
+    assert error <= LIMITS[given.source], error
     figures: dict[str, object] = {"error": error, "size": given.size, "source": given.source}
     on_card = given.device.startswith("cuda")
     idle = 0 if on_card else peak(1, 64, given.source)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from harness import (
+    ACCURACY,
+    add_source,
     compare,
     distance,
     parser,
@@ -21,9 +23,6 @@ from harness import (
 )
 
 from mergekit_stf.core import superpose
-
-ACCURACY = {"float32": 1e-5, "bfloat16": 1e-3}
-"""By type of the checkpoints; what bfloat16's own rounding hides is in ``accuracy.py``."""
 
 
 def check(device: str, source: str) -> float:
@@ -52,7 +51,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x11008"])
     options.add_argument("--tasks", type=int, default=3)
-    options.add_argument("--source", choices=ACCURACY, default="float32", help="checkpoints")
+    add_source(options)
     given = options.parse_args()
     source = getattr(torch, given.source)
     error = check(given.device, given.source)

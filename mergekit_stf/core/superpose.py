@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_stf.core import half
 from mergekit_stf.core.decompose import decompose
 from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import combine
-from mergekit_stf.core.half import superposed, worthwhile
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.solve import NOTHING, Solution, solve
 from mergekit_stf.core.threads import over_tasks
@@ -128,7 +128,7 @@ def _superpose(
     if not present:
         zero = inputs.samples[0].new_zeros(inputs.shape)
         return Superposition(zero, _report(features, None, zero, inputs.samples))
-    solution = None if inputs.total is None else superposed(present, inputs.total)
+    solution = None if inputs.total is None else half.superposed(present, inputs.total)
     solution = solution or solve(present, ridge)
     if not solution.converged:
         warnings.warn(
@@ -175,7 +175,7 @@ class _Inputs:
     def _add(self, M: Tensor) -> None:
         if self.total is not None:
             self.total += M
-        elif len(self.samples) == 1 and self.rough and worthwhile(M, self.rank):
+        elif len(self.samples) == 1 and self.rough and half.worthwhile(M, self.rank):
             self.total = M.clone()
 
 
