@@ -74,9 +74,10 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     if found.cutoff or not found.converged:
         return None
     moved = [a - f.s for a, f in zip(found.alpha, features, strict=True)]
-    M = total + operator.combine(torch.cat(moved))
-    change, length = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (M - total, M))
-    if not change <= HALF_CHANGE * length:
+    change = operator.combine(torch.cat(moved))
+    M = total + change
+    added, length = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (change, M))
+    if not added <= HALF_CHANGE * length:
         return None
     lacking, asked = sampled(features, moved, M)
     if not float((lacking / asked).max()) * math.sqrt(found.condition) <= HALF_ERROR:
