@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import Features, kept_rank
+from mergekit_stf.core.precision import by_power, far_exponent
 from mergekit_stf.core.routes import ROUTES, svd
 from mergekit_stf.core.threads import CARD_SQUARES, alone
 from mergekit_stf.core.truncated import leading, low_rank
@@ -76,6 +77,9 @@ def decompose(
     """
     if M.shape[0] < M.shape[1]:
         return decompose(M.mT, rank, route, source_dtype, name).transposed
+    if exponent := far_exponent(M):
+        near = by_power(M, -exponent)
+        return decompose(near, rank, route, source_dtype, name).times_power(exponent)
     count = kept_rank((M.shape[0], M.shape[1]), rank)
     rows, columns = _occupied(M, 1), _occupied(M, 0)
     if bool(rows.all() & columns.all()):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.precision import by_power
 from mergekit_stf.core.tolerances import RANK
 
 
@@ -35,6 +36,10 @@ class Features:
     def transposed(self) -> Features:
         """The features of the transposed matrix."""
         return Features(self.Vh.mT, self.s, self.U.mT, self.route)
+
+    def times_power(self, exponent: int) -> Features:
+        """The features of ``2^exponent`` times the matrix."""
+        return replace(self, s=by_power(self.s, exponent))
 
     @property
     def spectrum(self) -> tuple[float, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mergekit_stf.core.features import Features, kept_rank
 from mergekit_stf.core.gram import Blocks, few, responses, spans
-from mergekit_stf.core.precision import has_bfloat16
+from mergekit_stf.core.precision import has_bfloat16, length
 from mergekit_stf.core.solve import Solution, solve
 from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_ERROR
 
@@ -76,8 +76,7 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     moved = [a - f.s for a, f in zip(found.alpha, features, strict=True)]
     change = operator.combine(torch.cat(moved))
     M = total + change
-    added, length = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (change, M))
-    if not added <= HALF_CHANGE * length:
+    if not length(change) <= HALF_CHANGE * length(M):
         return None
     lacking, asked = sampled(features, moved, M)
     if not float((lacking / asked).max()) * math.sqrt(found.condition) <= HALF_ERROR:

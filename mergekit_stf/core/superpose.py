@@ -13,7 +13,7 @@ from mergekit_stf.core import half
 from mergekit_stf.core.decompose import decompose
 from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import combine
-from mergekit_stf.core.precision import full_precision
+from mergekit_stf.core.precision import full_precision, length
 from mergekit_stf.core.solve import NOTHING, Solution, solve
 from mergekit_stf.core.threads import over_tasks
 
@@ -182,14 +182,15 @@ class _Inputs:
 def _report(
     features: list[Features], solution: Solution | None, M: Tensor, samples: list[Tensor]
 ) -> Report:
-    norms = torch.stack([torch.linalg.vector_norm(f.s) for f in features]).double().cpu()
+    lengths = [torch.linalg.vector_norm(f.s, dtype=torch.float64) for f in features]
+    norms = torch.stack(lengths).cpu()
     overlaps = _overlaps(samples)
     return assembled_report(
         features,
         solution,
         shape=(M.shape[0], M.shape[1]),
         norms=norms,
-        merged_norm=float(torch.linalg.vector_norm(M)),
+        merged_norm=length(M),
         sum_norm=float((norms @ overlaps @ norms).clamp(min=0).sqrt()),
         overlaps=overlaps,
     )

@@ -18,13 +18,14 @@ look at G: a system whose energy shows that it is ill-posed is left to ``solve``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
 from mergekit_stf.core.gram import pairs, responses
+from mergekit_stf.core.precision import by_power, far_exponent
 from mergekit_stf.core.tolerances import RESIDUAL, VERIFIED, WELL_POSED
 
 EXPECTED = 6
@@ -61,6 +62,11 @@ class Swept:
     condition: float
     energy: float
 
+    def times_power(self, exponent: int) -> Swept:
+        """The solution for ``2^exponent`` times the task matrices."""
+        alpha, M = by_power(self.alpha, exponent), by_power(self.M, exponent)
+        return replace(self, alpha=alpha, M=M)
+
 
 def worthwhile(features: Sequence[Features]) -> bool:
     """Say whether sweeps are cheaper than forming G's blocks, and their memory affordable."""
@@ -79,6 +85,9 @@ def swept(features: Sequence[Features]) -> Swept | None:
         ``None`` if the energy exceeds ``WELL_POSED``, or if ``PATIENCE`` sweeps a task do not
         converge.
     """
+    if exponent := far_exponent(torch.cat([f.s for f in features])):
+        near = swept([f.times_power(-exponent) for f in features])
+        return near and near.times_power(exponent)
     dtype = features[0].s.dtype
     square = float(torch.cat([f.s for f in features]).double().square().sum())
     known = _Corrections(features)

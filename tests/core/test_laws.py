@@ -40,7 +40,7 @@ class Law:
 
     def close(self, a, b, scale):
         error = float((a.double() - b.double()).norm())
-        return error <= TOLERANCE[self.route] * float(scale.norm())
+        return error <= TOLERANCE[self.route] * float(scale.double().norm())
 
 
 @LAW
@@ -98,6 +98,14 @@ def test_scaling_commutes(law, m, n, seed, factor):
     A, B = draw(seed, m, n), draw(seed + 1, m, n)
     M = law.merged(A, B) * factor
     assert law.close(law.merged(A * factor, B * factor), M, M)
+
+
+@LAW
+@given(m=SIDES, n=SIDES, seed=SEEDS, exponent=st.integers(-110, 110))
+def test_scaling_commutes_where_squares_overflow_or_vanish(law, m, n, seed, exponent):
+    A, B = draw(seed, m, n), draw(seed + 1, m, n)
+    M = law.merged(A, B).double() * 2.0**exponent
+    assert law.close(law.merged(A * 2.0**exponent, B * 2.0**exponent), M, M)
 
 
 @LAW

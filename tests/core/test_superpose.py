@@ -222,6 +222,19 @@ def test_reduced_precision_of_the_process_does_not_reach_the_engine():
     assert torch.equal(result, reference)
 
 
+@pytest.mark.parametrize("exponent", [-120, -70, 70, 120])
+def test_the_report_holds_lengths_of_any_size(exponent):
+    inputs = matrices((48, 40), 3)
+    plain = superpose(inputs)
+    far = superpose([2.0**exponent * M for M in inputs])
+    times = 2.0**exponent
+    np.testing.assert_allclose(far.report.norms, np.multiply(plain.report.norms, times), rtol=1e-6)
+    np.testing.assert_allclose(far.report.merged_norm, plain.report.merged_norm * times, rtol=1e-6)
+    np.testing.assert_allclose(far.report.sum_norm, plain.report.sum_norm * times, rtol=1e-6)
+    assert far.report.energy == pytest.approx(plain.report.energy, rel=1e-6)
+    assert far.report.routes == plain.report.routes
+
+
 def test_report_tells_lengths_and_overlaps():
     a, b, c = matrices((50, 60), 3, seed=3)
     report = superpose([a, b, c]).report

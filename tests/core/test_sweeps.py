@@ -206,6 +206,14 @@ def test_laws_of_many_tasks(route):
 
 
 @pytest.mark.usefixtures("swept_only")
+@pytest.mark.parametrize("exponent", [-110, -60, -31, 31, 64, 110])
+def test_powers_of_two_change_no_digit(exponent):
+    matrices = [draw(seed, 72, 64) for seed in range(MANY)]
+    M = superpose([2.0**exponent * A for A in matrices]).M
+    assert torch.equal(M, 2.0**exponent * superpose(matrices).M)
+
+
+@pytest.mark.usefixtures("swept_only")
 def test_the_same_bytes_again():
     matrices = [draw(seed, 72, 64) for seed in range(MANY)]
     assert torch.equal(superpose(matrices).M, superpose(matrices).M)
