@@ -2,6 +2,8 @@
 
 Every benchmark checks the answer before it prints a time, times rivals in turn within one run, and
 prints medians with their range. ``--json FILE`` keeps the figures with the machine and versions.
+Where a bound is set on a figure, at the size that it is meant for, a benchmark that misses it ends
+with status 1, its figures written all the same.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,6 +139,27 @@ def rates(device: str = "cpu") -> dict[str, float]:
     times = [seconds(lambda: y.copy_(x), device) for _ in range(5)]
     found["copy GB/s"] = 2 * x.nbytes / statistics.median(times) / 1e9
     return found
+
+
+def judge(
+    figures: dict[str, Any],
+    what: str,
+    value: float,
+    relation: Literal["at most", "at least"],
+    bound: float,
+) -> None:
+    """Print whether a figure keeps its bound, and keep the answer among the figures."""
+    met = value <= bound if relation == "at most" else value >= bound
+    figures.setdefault("bounds", {})[what] = {"value": value, relation: bound, "met": met}
+    print(f"{what}: {value:.3g}, {relation} {bound:g}: {'met' if met else 'MISSED'}", flush=True)
+
+
+def finish(given: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write the figures, and end with an error if a bound was missed."""
+    write(given.json, figures, given.device)
+    missed = [what for what, found in figures.get("bounds", {}).items() if not found["met"]]
+    if missed:
+        sys.exit(f"missed: {', '.join(missed)}")
 
 
 def peak_of(arguments: Sequence[str]) -> tuple[float, int]:

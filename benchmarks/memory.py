@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from harness import add_source, parser, peak_memory, write
+from harness import add_source, finish, judge, parser, peak_memory
 from torch import Tensor
 
 from mergekit_stf.core import superpose
@@ -78,12 +78,11 @@ def main() -> None:
             "bound": limit,
         }
         print(
-            f"{name}: {used / 1e9:.2f} GB for task matrices of {size / 1e9:.2f} GB, bound "
-            f"{limit / 1e9:.2f} GB, solved in {precision} precision",
-            flush=True,
+            f"{name}: task matrices of {size / 1e9:.2f} GB, {', '.join(routes)}, solved in "
+            f"{precision} precision"
         )
-        assert used <= limit, name
-    write(given.json, figures, given.device)
+        judge(figures, f"{name}, GB above an idle process", used / 1e9, "at most", limit / 1e9)
+    finish(given, figures)
 
 
 if __name__ == "__main__":

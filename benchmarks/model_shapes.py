@@ -21,6 +21,8 @@ from harness import (
     ACCURACY,
     add_source,
     distance,
+    finish,
+    judge,
     parser,
     peak_memory,
     reference,
@@ -30,7 +32,6 @@ from harness import (
     straightforward,
     synchronize,
     task_matrices,
-    write,
 )
 
 from mergekit_stf.core import superpose
@@ -41,6 +42,12 @@ MODELS: dict[str, tuple[int, list[tuple[tuple[int, int], int]]]] = {
     "tiny": (3, [((64, 64), 4), ((96, 64), 2)]),
 }
 """Tasks, and the shapes with their number: 192 matrices of T5-base, 224 of Llama-2-7B."""
+
+FASTER = 3.0
+"""How many times as fast as straightforward T5-base is to be on a CPU."""
+
+SECONDS = {1.0: 200.0, 0.2: 40.0}
+"""Time that Llama-2-7B may take on an H200, by ``rank``."""
 
 LIMITS = {"gram_refined": 1e-4, "gram_float32": 1e-3, "svd": 1e-3}
 """Error that a forced route may have."""
@@ -68,6 +75,20 @@ def check(given: argparse.Namespace) -> float:
     error = distance(found.M, reference(matrices, kept))
     assert error <= limit_of(given), error
     return error
+
+
+def bound(given: argparse.Namespace, figures: dict[str, object]) -> None:
+    """Judge the figures for which a bound is set."""
+    total, rivals = (
+        figures[name]
+        for name in ("seconds for all matrices", "straightforward, seconds for all matrices")
+    )
+    if given.route != "auto":
+        return
+    if given.model == "t5-base" and given.device == "cpu" and given.rank == 1 and rivals:
+        judge(figures, "times as fast as straightforward", rivals / total, "at least", FASTER)
+    if given.model == "llama-2-7b" and given.device != "cpu" and given.rank in SECONDS:
+        judge(figures, "seconds for all matrices", total, "at most", SECONDS[given.rank])
 
 
 def main() -> None:
@@ -129,7 +150,8 @@ def main() -> None:
     print(f"{given.model}, {tasks} tasks, all matrices: {total:.1f} s")
     if rivals:
         print(f"straightforward: {rivals:.1f} s, {rivals / total:.2f} x as long")
-    write(given.json, figures, given.device)
+    bound(given, figures)
+    finish(given, figures)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,20 @@ from harness import (
     add_source,
     compare,
     distance,
+    finish,
+    judge,
     parser,
     rates,
     reference,
     shown,
     straightforward,
     task_matrices,
-    write,
 )
 
 from mergekit_stf.core import superpose
+
+BOUNDS = {"4096x4096": 2.0, "4096x11008": 2.0}
+"""How many times as fast as straightforward three tasks are to be on a CPU, by shape."""
 
 
 def check(device: str, source: str) -> float:
@@ -77,7 +81,10 @@ def main() -> None:
             f"{shown(timed['rival'])}, ratio {shown(timed['ratio'], 'x')}, floor "
             f"{least['seconds']:.2g} s, apart {apart:.1e}"
         )
-    write(given.json, figures, given.device)
+        if name in BOUNDS and given.tasks == 3 and given.device == "cpu":
+            what = f"{name}, times as fast as straightforward"
+            judge(figures, what, timed["ratio"]["median"], "at least", BOUNDS[name])
+    finish(given, figures)
 
 
 if __name__ == "__main__":

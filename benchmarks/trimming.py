@@ -6,9 +6,12 @@ python benchmarks/trimming.py --json benchmarks/results/trimming.json
 from __future__ import annotations
 
 import torch
-from harness import parser, seconds, shown, spread, task_matrices, write
+from harness import finish, judge, parser, seconds, shown, spread, task_matrices
 
 from mergekit_stf.core import superpose, trim
+
+SIZES, SHARE = (768, 1024, 2048), 0.05
+"""Sides of weights of whose merge trimming is to be at most this share."""
 
 
 def sorted_away(x: torch.Tensor, density: float) -> torch.Tensor:
@@ -22,7 +25,7 @@ def sorted_away(x: torch.Tensor, density: float) -> torch.Tensor:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--sizes", type=int, nargs="+", default=[768, 1024, 2048])
+    options.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options.add_argument("--density", type=float, default=0.2)
     given = options.parse_args()
     figures: dict[str, object] = {}
@@ -48,7 +51,9 @@ def main() -> None:
             f"{size}: trimming {shown(spread(trimming))}, a sort {shown(spread(sorting))}, share "
             f"of the merge {share['median']:.1%} ({share['min']:.1%} to {share['max']:.1%})"
         )
-    write(given.json, figures, given.device)
+        if size in SIZES:
+            judge(figures, f"share of trimming at {size}", share["median"], "at most", SHARE)
+    finish(given, figures)
 
 
 if __name__ == "__main__":

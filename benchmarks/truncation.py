@@ -7,14 +7,27 @@ The error is the one against the float64 reference that keeps the same number of
 
 from __future__ import annotations
 
-from harness import distance, parser, reference, seconds, shown, spread, task_matrices, write
+from harness import (
+    distance,
+    finish,
+    judge,
+    parser,
+    reference,
+    seconds,
+    shown,
+    spread,
+    task_matrices,
+)
 
 from mergekit_stf.core import superpose
+
+SIDE, RANK, FASTER = 4096, 0.2, 5.0
+"""The weight, and the rank at which it is to be so many times as fast as the exact way."""
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--size", type=int, default=4096)
+    options.add_argument("--size", type=int, default=SIDE)
     options.add_argument("--error-size", type=int, default=1024)
     options.add_argument("--ranks", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.5])
     given = options.parse_args()
@@ -39,7 +52,10 @@ def main() -> None:
             f"faster, error {error:.1e} at {given.error_size}",
             flush=True,
         )
-    write(given.json, figures, given.device)
+        if (given.size, rank, given.device) == (SIDE, RANK, "cpu"):
+            what = f"rank {rank}, times as fast as exact"
+            judge(figures, what, ratio["median"], "at least", FASTER)
+    finish(given, figures)
 
 
 if __name__ == "__main__":

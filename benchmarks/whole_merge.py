@@ -20,7 +20,17 @@ from pathlib import Path
 
 import torch
 import yaml
-from harness import distance, parser, peak_of, reference, shown, spread, straightforward, write
+from harness import (
+    distance,
+    finish,
+    judge,
+    parser,
+    peak_of,
+    reference,
+    shown,
+    spread,
+    straightforward,
+)
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
 from mergekit.merge_methods.registry import register
@@ -33,6 +43,12 @@ from mergekit_stf.core import trim
 from mergekit_stf.host.rules import rule_for
 
 METHODS = ["stf", "ties", "task_arithmetic", "straightforward"]
+
+MODEL = {"hidden": 1024, "inner": 2816, "layers": 8, "vocabulary": 8000}
+"""The Llama of 119 million parameters."""
+
+BOUNDS = {"ties": 1.5, "straightforward": 1 / 3}
+"""What ``stf`` may take of another method's time, for that model on a CPU."""
 
 
 def make(root: Path, given: argparse.Namespace) -> None:
@@ -131,7 +147,7 @@ def main() -> None:
         run_with_rival(sys.argv[2])
         return
     options = parser(__doc__)
-    for name, default in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
+    for name, default in MODEL.items():
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--density", type=float, default=0.2)
     options.add_argument("--rival-runs", type=int, default=1)
@@ -167,7 +183,11 @@ def main() -> None:
             f"{method}: {shown(spread(times[method]))}, stf takes {shown(ratio, 'x')} of it, peak "
             f"{shown(spread(peaks[method]), 'GB')}"
         )
-    write(given.json, figures, given.device)
+    if given.device == "cpu" and all(getattr(given, name) == size for name, size in MODEL.items()):
+        for method in filter(times.get, BOUNDS):
+            share = figures[method]["stf over it"]["median"]
+            judge(figures, f"stf over {method}", share, "at most", BOUNDS[method])
+    finish(given, figures)
 
 
 if __name__ == "__main__":

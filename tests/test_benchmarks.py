@@ -1,5 +1,6 @@
 """Every engine benchmark runs, at a size where that takes seconds, and checks its answers."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -35,6 +36,33 @@ def test_benchmark(name, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert json.loads(written.read_text())["machine"]["torch"]
     assert capsys.readouterr().out
+
+
+def test_a_missed_bound_is_an_error_that_loses_no_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    harness = importlib.import_module("harness")
+    written = tmp_path / "figures.json"
+    given = harness.parser("?").parse_args(["--json", str(written)])
+    figures = {"kept": 1}
+    harness.judge(figures, "time", 1.5, "at most", 1.5)
+    harness.judge(figures, "gain", 3.0, "at least", 3)
+    harness.finish(given, figures)
+    harness.judge(figures, "slow", 1.51, "at most", 1.5)
+    harness.judge(figures, "lame", 2.99, "at least", 3)
+    with pytest.raises(SystemExit, match=r"^missed: slow, lame$"):
+        harness.finish(given, figures)
+    found = json.loads(written.read_text())
+    assert found["kept"] == 1
+    assert {what: bound["met"] for what, bound in found["bounds"].items()} == {
+        "time": True,
+        "gain": True,
+        "slow": False,
+        "lame": False,
+    }
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "slow: 1.51, at most 1.5: MISSED",
+        "lame: 2.99, at least 3: MISSED",
+    ]
 
 
 @pytest.mark.slow
