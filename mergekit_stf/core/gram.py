@@ -21,8 +21,8 @@ from mergekit_stf.core.features import Features
 APPLICATIONS = 12
 """Applications of G that a solve is expected to need, for choosing between the two."""
 
-SMALL = 2**26
-"""Entries of all blocks up to which they are small, 256 MB in float32."""
+ROOM = 3 * 2**28
+"""Bytes beside the features, and as many as the task matrices take, that a solve may use."""
 
 
 class Gram(Protocol):
@@ -89,17 +89,38 @@ def pairs(features: Sequence[Features]) -> int:
     return (sum(sizes) ** 2 - sum(r * r for r in sizes)) // 2
 
 
-def few(features: Sequence[Features]) -> bool:
-    """Say whether the blocks of G are the cheaper form of it.
+def room(features: Sequence[Features]) -> int:
+    """Return the bytes that a solve may take beside the features.
+
+    A merge is to take at most three times the size of the task matrices and 1 GB: up to two thirds
+    are the features, and a fifth of the GB is for M and what is formed on the way.
+    """
+    m, n = features[0].U.shape[0], features[0].Vh.shape[1]
+    return ROOM + features[0].s.itemsize * m * n * len(features)
+
+
+def few(features: Sequence[Features], size: int | None = None) -> bool:
+    """Say whether the blocks of G are the cheaper form of it, and there is room for them.
 
     Counted in multiplications: the blocks cost ``r_i r_j (m + n)`` a pair, once; the products cost
-    ``2 m n r_i`` a task and application. The blocks must also be small, or fit into the memory
-    of the features.
+    ``2 m n r_i`` a task and application.
+
+    Args:
+        features: of each task.
+        size: bytes of the blocks, where they are not of the type of the features.
     """
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
     count, entries = sum(f.rank for f in features), pairs(features)
-    affordable = entries <= max(SMALL, count * max(m, n))
-    return affordable and entries * (m + n) <= APPLICATIONS * 2 * m * n * count
+    size = features[0].s.itemsize * entries if size is None else size
+    return size <= room(features) and entries * (m + n) <= APPLICATIONS * 2 * m * n * count
+
+
+def blocks_size(m: int, n: int, tasks: int) -> int:
+    """Return the bytes of the blocks that are formed of so many m×n matrices in float32, or 0."""
+    r = min(m, n)
+    U, s, Vh = (torch.empty(shape, device="meta") for shape in ((m, r), (r,), (r, n)))
+    alike = [Features(U, s, Vh, "")] * tasks
+    return torch.float32.itemsize * pairs(alike) if few(alike) else 0
 
 
 def gram(features: Sequence[Features]) -> Gram:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features, kept_rank
-from mergekit_stf.core.gram import Blocks, few, responses, spans
+from mergekit_stf.core.gram import few, pairs, responses, spans
 from mergekit_stf.core.precision import has_bfloat16, length
 from mergekit_stf.core.solve import Solution, solve
 from mergekit_stf.core.tolerances import HALF_CHANGE, HALF_ERROR
@@ -40,6 +40,9 @@ MOVED = 16
 
 EVERY = 16
 """And one of so many others."""
+
+PORTION = 2**18
+"""Entries of a block that are widened to float32 at a time, 1 MB: they stay in the cache."""
 
 
 def worthwhile(M: Tensor, rank: float) -> bool:
@@ -67,7 +70,7 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
         The solution with M, its residual estimated from a sample of the features; ``None`` where
         bfloat16 is not enough, or where many tasks are not solved by blocks.
     """
-    if not few(features):
+    if not few(features, HalfBlocks.size(features)):
         return None
     operator = HalfBlocks(features)
     found = solve(features, operator=operator)
@@ -85,22 +88,45 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     return replace(found, M=M, residual=residual, precision="bfloat16")
 
 
-class HalfBlocks(Blocks):
-    """G by its blocks above the diagonal, one row of blocks at a time, formed in bfloat16.
+class HalfBlocks:
+    """G by its blocks above the diagonal, one row of blocks at a time, in bfloat16.
 
     Attributes:
         Uh, Vh: the stacked features of all tasks, one a row, (r, m) and (r, n).
+        blocks: of each task but the last, where its features are among all, and their cosines with
+            those of all later tasks.
     """
 
     def __init__(self, features: Sequence[Features]) -> None:
         self.Uh = torch.cat([f.U.mT.bfloat16() for f in features])
         self.Vh = torch.cat([f.Vh.bfloat16() for f in features])
-        self.blocks = []
+        self.blocks: list[tuple[slice, Tensor]] = []
         for rows in spans(features)[:-1]:
             later = slice(rows.stop, self.Uh.shape[0])
             cosines = self.Uh[rows] @ self.Uh[later].mT
-            cosines *= self.Vh[rows] @ self.Vh[later].mT
-            self.blocks.append((rows, later, cosines.float()))
+            self.blocks.append((rows, cosines.mul_(self.Vh[rows] @ self.Vh[later].mT)))
+
+    @staticmethod
+    def size(features: Sequence[Features]) -> int:
+        """Return the bytes of all that is kept, and of a copy of ``Uh`` for ``combine``."""
+        copies = sum(2 * f.U.numel() + f.Vh.numel() for f in features)
+        return (copies + pairs(features)) * torch.bfloat16.itemsize
+
+    def apply(self, alpha: Tensor) -> Tensor:
+        """Return ``G alpha``: products in float32, of portions of the blocks."""
+        result, narrow = alpha.clone(), alpha.float()
+        for rows, block in self.blocks:
+            later = slice(rows.stop, alpha.numel())
+            across, down = narrow.new_empty(block.shape[0]), torch.zeros_like(narrow[later])
+            step = max(1, PORTION // block.shape[1])
+            parts = (torch.split(x, step) for x in (block, across, narrow[rows]))
+            for part, target, weights in zip(*parts, strict=True):
+                wide = part.float()
+                torch.mv(wide, narrow[later], out=target)
+                down.addmv_(wide.mT, weights)
+            result[rows] += across
+            result[later] += down
+        return result
 
     def combine(self, alpha: Tensor) -> Tensor:
         """Assemble ``Σ_k alpha_k u_k v_kᵀ``, (m, n) in bfloat16."""

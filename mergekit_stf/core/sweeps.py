@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
-from mergekit_stf.core.gram import pairs, responses
+from mergekit_stf.core.gram import pairs, responses, room
 from mergekit_stf.core.precision import by_power, far_exponent
 from mergekit_stf.core.tolerances import RESIDUAL, VERIFIED, WELL_POSED
 
@@ -32,10 +32,11 @@ EXPECTED = 6
 """Sweeps that a system is expected to need, for choosing between them and the blocks of G."""
 
 FEWEST = 12
-"""Tasks from which on a correction a sweep is little memory beside their features."""
+"""Tasks from which on a correction a sweep is little memory beside their features. Fewer that have
+much in common take more sweeps than Lanczos steps."""
 
 PATIENCE = 2
-"""Sweeps a task after which a system is given up; the memory of their corrections stays linear."""
+"""Sweeps a task after which a system is given up."""
 
 TINY = torch.finfo(torch.float64).tiny
 """Keeps a correction that is exactly zero from being divided by its length."""
@@ -82,8 +83,8 @@ def swept(features: Sequence[Features]) -> Swept | None:
         features: of each task, over matrices of one shape.
 
     Returns:
-        ``None`` if the energy exceeds ``WELL_POSED``, or if ``PATIENCE`` sweeps a task do not
-        converge.
+        ``None`` if the energy exceeds ``WELL_POSED``, or if ``PATIENCE`` sweeps a task, or as many
+        as there is room for, do not converge.
     """
     if exponent := far_exponent(torch.cat([f.s for f in features])):
         near = swept([f.times_power(-exponent) for f in features])
@@ -94,7 +95,7 @@ def swept(features: Sequence[Features]) -> Swept | None:
     M = torch.zeros_like(known.template)
     alpha = known.target.new_zeros(known.target.shape)
     before = 0.0
-    for number in range(1, PATIENCE * len(features) + 1):
+    for number in range(1, min(PATIENCE * len(features), room(features) // M.nbytes) + 1):
         p, P = known.conjugate(*_sweep(features, M))
         step = (known.target @ p - _inner(M, P)) / known.squares[-1].clamp(min=TINY)
         alpha += step * p

@@ -15,6 +15,7 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.gram import blocks_size
 from mergekit_stf.core.threads import workspace
 from mergekit_stf.host.calibrate import kind_of, measure_kinds
 from mergekit_stf.host.headers import header_of
@@ -114,7 +115,8 @@ def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     """Count what one weight needs while it is merged.
 
     Float32 copies of the base, one task matrix and the result; for a decomposition besides, the
-    features of every task and the work space of those at a time, matrix by matrix of a stack.
+    features of every task, and the work space of those at a time or the blocks of the solve, matrix
+    by matrix of a stack.
     """
     one = _matrix_bytes(weight)
     if weight.rule != "superpose":
@@ -124,7 +126,8 @@ def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     side = min(rows, columns)
     features = part * side // columns + part * side // rows
     tasks = len(weight.models)
-    return 2 * one + 3 * part + tasks * features + workspace(side, tasks, device)
+    most = max(workspace(side, tasks, device), blocks_size(rows, columns, tasks))
+    return 2 * one + 3 * part + tasks * features + most
 
 
 def _file_seconds(hashed: int, written: int, folder: Path) -> float:

@@ -219,9 +219,15 @@ def test_the_sum_is_left_as_it_is(tasks):
 
 
 def test_blocks_that_are_too_large_are_not_formed(units, monkeypatch):
-    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "SMALL", 0)
-    monkeypatch.setattr(half, "HalfBlocks", None)
+    """Blocks of 36 pairs and three copies for each of nine tasks, less their task matrices."""
     matrices = [draw(i, 64, 64) for i in range(9)]
+    gram = sys.modules["mergekit_stf.core.gram"]
+    monkeypatch.setattr(half, "HALF_ERROR", 1.0)
+    needed = (36 + 3 * 9) * 64 * 64 * 2 - 9 * 64 * 64 * 4
+    monkeypatch.setattr(gram, "ROOM", needed)
+    assert merged(matrices).report.precision == "bfloat16"
+    monkeypatch.setattr(gram, "ROOM", needed - 1)
+    assert merged(matrices).report.precision == "full"
     assert torch.equal(merged(matrices).M, exact(matrices).M)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_stf.core import decompose, solve, superpose
-from mergekit_stf.core.gram import Blocks, Products, combine, gram
+from mergekit_stf.core.gram import Blocks, Products, blocks_size, combine, gram
 from mergekit_stf.core.solve import damped_inverse, damping
 from mergekit_stf.core.tolerances import CUTOFF, ILL_POSED, WELL_POSED
 
@@ -41,15 +41,41 @@ def test_both_forms_apply_the_gram_matrix(form):
 
 
 def test_few_tasks_take_blocks_and_many_take_products(monkeypatch):
-    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "SMALL", 0)
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", 0)
     few = [decompose(draw(i, 40)) for i in range(3)]
     many = [decompose(draw(i, 40)) for i in range(40)]
     assert isinstance(gram(few), Blocks)
     assert isinstance(gram(many), Products)
 
 
+@pytest.mark.parametrize(("tasks", "blocks"), [(2, True), (3, True), (4, False)])
+def test_blocks_take_as_much_room_as_the_task_matrices(monkeypatch, tasks, blocks):
+    """Those of T square tasks have T(T-1)/2 times the entries of one, task matrices T times."""
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", 0)
+    features = [decompose(draw(i, 40)) for i in range(tasks)]
+    assert isinstance(gram(features), Blocks) is blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_and_some_more(monkeypatch, dtype):
+    features = [decompose(draw(i, 40).to(dtype)) for i in range(6)]
+    size = 40 * 40 * dtype.itemsize
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", 9 * size)
+    assert isinstance(gram(features), Blocks)
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", 9 * size - 1)
+    assert isinstance(gram(features), Products)
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 9, 40])
+def test_the_size_of_the_blocks_is_foretold(tasks):
+    operator = gram([decompose(draw(i, 40, 32)) for i in range(tasks)])
+    blocks = getattr(operator, "blocks", [])
+    assert blocks_size(40, 32, tasks) == sum(block.nbytes for _, _, block in blocks)
+    assert bool(blocks) is (tasks in (3, 9))
+
+
 def test_memory_of_the_solve_is_linear_in_the_number_of_tasks(monkeypatch):
-    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "SMALL", 0)
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", 0)
     sizes = {}
     for tasks in (4, 32, 64):
         operator = gram([decompose(draw(i, 32)) for i in range(tasks)])

@@ -161,6 +161,18 @@ def test_few_tasks_take_the_blocks():
     assert not worthwhile(tall)
 
 
+def test_sweeps_end_where_there_is_no_room_for_their_corrections(monkeypatch):
+    """Five sweeps are needed; a correction is of the size of a task matrix."""
+    features = many(5, 96, 96)
+    needed = swept(features).sweeps
+    size = 96 * 96 * 4
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", (needed - 5) * size)
+    assert swept(features).sweeps == needed
+    monkeypatch.setattr(sys.modules["mergekit_stf.core.gram"], "ROOM", (needed - 5) * size - 1)
+    assert swept(features) is None
+    assert solve(features).converged
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     m=st.integers(24, 60),
