@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features import Features
+from mergekit_stf.core.precision import split
 
 APPLICATIONS = 12
 """Applications of G that a solve is expected to need, for choosing between the two."""
 
-ROOM = 3 * 2**28
+ROOM = 5 * 2**27
 """Bytes beside the features, and as many as the task matrices take, that a solve may use."""
 
 
@@ -39,7 +40,11 @@ class Blocks:
     def __init__(self, features: Sequence[Features]) -> None:
         self.blocks: list[tuple[slice, slice, Tensor]] = []
         for (rows, f), (columns, g) in combinations(zip(spans(features), features, strict=True), 2):
-            self.blocks.append((rows, columns, (f.U.mT @ g.U).mul_(f.Vh @ g.Vh.mT)))
+            block = f.U.mT @ g.U
+            parts = split(block)
+            for part, Vh in zip(parts, torch.split(f.Vh, parts[0].shape[0]), strict=True):
+                part *= Vh @ g.Vh.mT
+            self.blocks.append((rows, columns, block))
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``."""
@@ -93,7 +98,7 @@ def room(features: Sequence[Features]) -> int:
     """Return the bytes that a solve may take beside the features.
 
     A merge is to take at most three times the size of the task matrices and 1 GB: up to two thirds
-    are the features, and a fifth of the GB is for M and what is formed on the way.
+    are the features, and a third of the GB is for M and what is formed on the way.
     """
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
     return ROOM + features[0].s.itemsize * m * n * len(features)

@@ -70,14 +70,14 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
         The solution with M, its residual estimated from a sample of the features; ``None`` where
         bfloat16 is not enough, or where many tasks are not solved by blocks.
     """
-    if not few(features, HalfBlocks.size(features)):
+    if not few(features, needed(features)):
         return None
-    operator = HalfBlocks(features)
-    found = solve(features, operator=operator)
+    halved = Halved(features)
+    found = solve(features, operator=HalfBlocks(halved, spans(features)))
     if found.cutoff or not found.converged:
         return None
     moved = [a - f.s for a, f in zip(found.alpha, features, strict=True)]
-    change = operator.combine(torch.cat(moved))
+    change = halved.combine(torch.cat(moved))
     M = total + change
     if not length(change) <= HALF_CHANGE * length(M):
         return None
@@ -88,29 +88,36 @@ def superposed(features: Sequence[Features], total: Tensor) -> Solution | None:
     return replace(found, M=M, residual=residual, precision="bfloat16")
 
 
-class HalfBlocks:
-    """G by its blocks above the diagonal, one row of blocks at a time, in bfloat16.
+class Halved:
+    """The stacked features of all tasks in bfloat16.
 
     Attributes:
-        Uh, Vh: the stacked features of all tasks, one a row, (r, m) and (r, n).
-        blocks: of each task but the last, where its features are among all, and their cosines with
-            those of all later tasks.
+        Uh, Vh: one feature a row, (r, m) and (r, n).
     """
 
     def __init__(self, features: Sequence[Features]) -> None:
         self.Uh = torch.cat([f.U.mT.bfloat16() for f in features])
         self.Vh = torch.cat([f.Vh.bfloat16() for f in features])
-        self.blocks: list[tuple[slice, Tensor]] = []
-        for rows in spans(features)[:-1]:
-            later = slice(rows.stop, self.Uh.shape[0])
-            cosines = self.Uh[rows] @ self.Uh[later].mT
-            self.blocks.append((rows, cosines.mul_(self.Vh[rows] @ self.Vh[later].mT)))
 
-    @staticmethod
-    def size(features: Sequence[Features]) -> int:
-        """Return the bytes of all that is kept, and of a copy of ``Uh`` for ``combine``."""
-        copies = sum(2 * f.U.numel() + f.Vh.numel() for f in features)
-        return (copies + pairs(features)) * torch.bfloat16.itemsize
+    def combine(self, alpha: Tensor) -> Tensor:
+        """Assemble ``Σ_k alpha_k u_k v_kᵀ``, (m, n) in bfloat16."""
+        return (self.Uh * alpha.bfloat16().unsqueeze(1)).mT @ self.Vh
+
+
+class HalfBlocks:
+    """G by its blocks above the diagonal, one row of blocks at a time, in bfloat16.
+
+    Attributes:
+        blocks: of each task but the last, where its features are among all, and their cosines with
+            those of all later tasks.
+    """
+
+    def __init__(self, halved: Halved, tasks: Sequence[slice]) -> None:
+        self.blocks: list[tuple[slice, Tensor]] = []
+        for rows in tasks[:-1]:
+            later = slice(rows.stop, tasks[-1].stop)
+            cosines = halved.Uh[rows] @ halved.Uh[later].mT
+            self.blocks.append((rows, cosines.mul_(halved.Vh[rows] @ halved.Vh[later].mT)))
 
     def apply(self, alpha: Tensor) -> Tensor:
         """Return ``G alpha``: products in float32, of portions of the blocks."""
@@ -128,9 +135,11 @@ class HalfBlocks:
             result[later] += down
         return result
 
-    def combine(self, alpha: Tensor) -> Tensor:
-        """Assemble ``Σ_k alpha_k u_k v_kᵀ``, (m, n) in bfloat16."""
-        return (self.Uh * alpha.bfloat16().unsqueeze(1)).mT @ self.Vh
+
+def needed(features: Sequence[Features]) -> int:
+    """Return the bytes of the features in bfloat16 and of the blocks of G."""
+    copies = sum(f.U.numel() + f.Vh.numel() for f in features)
+    return (copies + pairs(features)) * torch.bfloat16.itemsize
 
 
 def sampled(

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergekit_stf.core import Features, decompose, half, precision, superpose
-from mergekit_stf.core.gram import Blocks, responses
+from mergekit_stf.core.gram import Blocks, responses, spans
 from mergekit_stf.core.solve import solve
 from mergekit_stf.core.tolerances import HALF_ERROR, RANK
 from tests.core.cases import distance, expected
@@ -46,6 +46,10 @@ def exact(matrices, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(half, "has_bfloat16", lambda device: False)
         return merged(matrices, **options)
+
+
+def halved_blocks(features):
+    return half.HalfBlocks(half.Halved(features), spans(features))
 
 
 def residual(matrices, M):
@@ -219,11 +223,11 @@ def test_the_sum_is_left_as_it_is(tasks):
 
 
 def test_blocks_that_are_too_large_are_not_formed(units, monkeypatch):
-    """Blocks of 36 pairs and three copies for each of nine tasks, less their task matrices."""
+    """Blocks of 36 pairs and two copies for each of nine tasks, less their task matrices."""
     matrices = [draw(i, 64, 64) for i in range(9)]
     gram = sys.modules["mergekit_stf.core.gram"]
     monkeypatch.setattr(half, "HALF_ERROR", 1.0)
-    needed = (36 + 3 * 9) * 64 * 64 * 2 - 9 * 64 * 64 * 4
+    needed = (36 + 2 * 9) * 64 * 64 * 2 - 9 * 64 * 64 * 4
     monkeypatch.setattr(gram, "ROOM", needed)
     assert merged(matrices).report.precision == "bfloat16"
     monkeypatch.setattr(gram, "ROOM", needed - 1)
@@ -336,7 +340,7 @@ def test_the_same_bytes_again(units):
 def test_blocks_in_bfloat16_are_those_of_float32_rounded():
     features = [decompose(draw(i, 200, 150), rank=r) for i, r in enumerate((1.0, 0.5, 7))]
     alpha = torch.randn(232, generator=torch.Generator().manual_seed(9)).double()
-    plain, narrow = Blocks(features).apply(alpha), half.HalfBlocks(features).apply(alpha)
+    plain, narrow = Blocks(features).apply(alpha), halved_blocks(features).apply(alpha)
     difference = (narrow - plain).norm() / (plain - alpha).norm()
     assert 1e-4 <= difference <= 2**-7
 
@@ -344,7 +348,7 @@ def test_blocks_in_bfloat16_are_those_of_float32_rounded():
 def test_the_change_is_assembled_from_all_features():
     features = [decompose(draw(i, 200, 150)) for i in range(3)]
     alpha = solve(features).alpha
-    found = half.HalfBlocks(features).combine(torch.cat(alpha)).float()
+    found = half.Halved(features).combine(torch.cat(alpha)).float()
     whole = sum((f.U * a) @ f.Vh for f, a in zip(features, alpha, strict=True))
     assert found.shape == (200, 150)
     assert torch.linalg.norm(found - whole) <= 2**-7 * torch.linalg.norm(whole)
