@@ -137,9 +137,13 @@ class HalfBlocks:
 
 
 def needed(features: Sequence[Features]) -> int:
-    """Return the bytes of the features in bfloat16 and of the blocks of G."""
+    """Return the bytes of the features in bfloat16, of the blocks of G and of the first row again.
+
+    A row is the product of two, of which the first has the most entries.
+    """
     copies = sum(f.U.numel() + f.Vh.numel() for f in features)
-    return (copies + pairs(features)) * torch.bfloat16.itemsize
+    row = features[0].rank * sum(f.rank for f in features[1:])
+    return (copies + pairs(features) + row) * torch.bfloat16.itemsize
 
 
 def sampled(

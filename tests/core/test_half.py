@@ -223,11 +223,11 @@ def test_the_sum_is_left_as_it_is(tasks):
 
 
 def test_blocks_that_are_too_large_are_not_formed(units, monkeypatch):
-    """Blocks of 36 pairs and two copies for each of nine tasks, less their task matrices."""
+    """Blocks of 36 pairs, eight once more, two copies for each of nine tasks, less their size."""
     matrices = [draw(i, 64, 64) for i in range(9)]
     gram = sys.modules["mergekit_stf.core.gram"]
     monkeypatch.setattr(half, "HALF_ERROR", 1.0)
-    needed = (36 + 2 * 9) * 64 * 64 * 2 - 9 * 64 * 64 * 4
+    needed = (36 + 8 + 2 * 9) * 64 * 64 * 2 - 9 * 64 * 64 * 4
     monkeypatch.setattr(gram, "ROOM", needed)
     assert merged(matrices).report.precision == "bfloat16"
     monkeypatch.setattr(gram, "ROOM", needed - 1)
