@@ -26,6 +26,7 @@ SETTINGS = {
     "model": ("config.json", "model_type"),
     "adapter": ("adapter_config.json", "peft_type"),
 }
+INDEX = ".index.json"
 OTHERS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -76,7 +77,8 @@ def _input_model(path: ModelPath, kind: str, options: MergeOptions) -> InputMode
     commit = folder.name if folder.parent.name == "snapshots" else None
     weights = [] if kind == "tokenizer" else _weights(folder, WEIGHTS[kind])
     for name in weights:
-        _check_readable(folder / name)
+        if not name.endswith(INDEX):
+            _check_readable(folder / name)
     others = {p.name for pattern in OTHERS for p in folder.glob(pattern) if p.is_file()}
     return InputModel(str(path), folder, commit, tuple(sorted({*weights, *others})))
 
@@ -118,7 +120,7 @@ def locate(path: ModelPath, cache: str | None) -> Path:
 
 def _weights(folder: Path, candidates: tuple[str, ...]) -> list[str]:
     for name in candidates:
-        index = folder / f"{name}.index.json"
+        index = folder / (name + INDEX)
         if index.exists():
             return [*_shards(index), index.name]
         if (folder / name).exists():
