@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from mergekit_stf.cli.demo_merging import METHODS
 from mergekit_stf.cli.demo_run import Results, clear, model_losses, run_demo, total_steps
 from mergekit_stf.cli.demo_training import Settings
+from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
 
 
@@ -47,7 +48,7 @@ def command(directory: Path, seed: int, quick: bool, measure: Path | None, force
     if measure:
         losses = model_losses(measure, settings, "validation")
         for kind, loss in {**losses, "mean": sum(losses.values()) / len(losses)}.items():
-            click.echo(f"{kind} {loss:.4f}")
+            echo(f"{kind} {loss:.4f}")
         return
     _prepare(directory, force)
     try:
@@ -59,10 +60,10 @@ def command(directory: Path, seed: int, quick: bool, measure: Path | None, force
 
             results = run_demo(directory, settings, seed, advance)
     except KeyboardInterrupt:
-        click.echo(_state(directory), err=True)
+        echo(_state(directory), err=True)
         raise
     for line in (*_table(results), "", *_verdict(results), "", *_next_steps(directory)):
-        click.echo(line)
+        echo(line)
 
 
 def _prepare(directory: Path, force: bool) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergekit_stf.cli.terminal import echo, echo_json
+
 if TYPE_CHECKING:
     from mergekit_stf.host.health import Health
 
@@ -30,10 +32,10 @@ def command(as_json: bool) -> None:
 
     health = examine()
     if as_json:
-        click.echo(health.model_dump_json(indent=2))
+        echo_json(health)
     else:
         for line in _lines(health):
-            click.echo(line)
+            echo(line)
     if health.problems:
         raise click.exceptions.Exit(1)
 

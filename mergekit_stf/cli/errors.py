@@ -17,11 +17,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import click
+
+from mergekit_stf.cli.terminal import echo
 
 OK, WRONG, DIFFERENT, SYSTEM, FAULT, INTERRUPTED, TERMINATED = 0, 1, 3, 4, 70, 130, 143
 VARIABLE = "MERGEKIT_STF_TRACEBACK"
@@ -46,17 +48,23 @@ def one_line() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(VARIABLE):
             raise
-        code, message = describe(error)
-        click.echo(f"Error: {message}", err=True)
+        code, lines = describe(error)
+        for number, line in enumerate(lines):
+            echo(line if number else f"Error: {line}", err=True)
         raise SystemExit(code) from None
 
 
-def describe(error: Exception) -> tuple[int, str]:
-    """Return exit code and message for an exception."""
+def describe(error: Exception) -> tuple[int, Sequence[str]]:
+    """Return the exit code for an exception, and its message, line by line."""
     from mergekit_stf.core.errors import STFError  # costs the import of torch
 
     if isinstance(error, STFError):
-        return WRONG, str(error)
+        return WRONG, error.args
+    code, message = _foreign(error)
+    return code, [message]
+
+
+def _foreign(error: Exception) -> tuple[int, str]:
     text = " ".join(str(error).split())
     if _is_full(error, text):
         return SYSTEM, f"no space left on the disk ({text}); make room and run the command again"

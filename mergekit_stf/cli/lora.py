@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_stf.cli.terminal import echo
 from mergekit_stf.host.adapter_file import total_error
 from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
 from mergekit_stf.host.options import MergeOptions, ShardSizeParamType
@@ -66,13 +67,13 @@ def command(
     )
     recipe = load_recipe(config_file)
     for warning in recipe.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        echo(f"warning: {warning}", err=True)
     if adapter:
         merge = merge_to_adapter(recipe, out_path, options, max_rank, force, lock)
     else:
         merge = merge_to_model(recipe, out_path, options, force, lock)
     if merge.damped:
-        click.echo(f"warning: {_damped(merge)}", err=True)
+        echo(f"warning: {_damped(merge)}", err=True)
     if not quiet:
         _summarise(merge, out_path)
 
@@ -93,10 +94,10 @@ def _summarise(merge: AdapterMerge, out: Path) -> None:
         ranks = sorted(module.rank for module in merge.modules)
         span = f"{ranks[0]} to {ranks[-1]}" if ranks[0] < ranks[-1] else f"{ranks[0]}"
         what = f"adapter of rank {span}"
-    click.echo(f"{out}: {what}, {merge.adapters} adapters merged in {merge.weights} weights")
+    echo(f"{out}: {what}, {merge.adapters} adapters merged in {merge.weights} weights")
     if any(module.dropped for module in merge.modules):
         worst = max(merge.modules, key=lambda module: module.error)
-        click.echo(
+        echo(
             f"truncation error {total_error(merge.modules):.2e} of the whole update, "
             f"at worst {worst.error:.2e} in {worst.name} (relative, Frobenius)"
         )

@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from mergekit_stf import __version__
 from mergekit_stf.cli.errors import one_line
+from mergekit_stf.cli.terminal import guarded
 
 COMMANDS = {
     "demo": "Train a tiny base and its specialists, merge them, and print what each merge does.",
@@ -42,6 +43,11 @@ class LazyGroup(click.Group):
         names = [name for name in COMMANDS if name.startswith(incomplete)]
         items = [CompletionItem(name, help=COMMANDS[name]) for name in names]
         return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; nothing that it says obeys a control character of a file."""
+        with guarded():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; whatever it raises ends in one message and an exit code."""

@@ -8,6 +8,7 @@ import click
 
 from mergekit_stf.cli.errors import Terminated
 from mergekit_stf.cli.store_options import add_store_options
+from mergekit_stf.cli.terminal import echo
 from mergekit_stf.host.lock import FILE_NAME
 from mergekit_stf.host.merging import StoreOptions, merge
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -43,18 +44,18 @@ def command(
     recipe = load_recipe(config_file)
     merge_options.apply_global_options()
     for warning in recipe.warnings:
-        click.echo(f"Warning: {recipe.source}: {warning}", err=True)
+        echo(f"Warning: {recipe.source}: {warning}", err=True)
     wanted = StoreOptions(store, store_size, keep_store)
     try:
         merged = merge(recipe, out_path, merge_options, wanted, force)
     except (KeyboardInterrupt, Terminated):
         folder = store or Workspace.store_of(out_path)
-        click.echo(
+        echo(
             f"Interrupted. What is finished lies in {folder}; "
             "run the same command again to resume.",
             err=True,
         )
         raise
     if not merge_options.quiet:
-        click.echo(merged.store)
-        click.echo(f"{out_path}: {len(merged.lock.outputs)} files, listed in {FILE_NAME}")
+        echo(merged.store)
+        echo(f"{out_path}: {len(merged.lock.outputs)} files, listed in {FILE_NAME}")

@@ -10,6 +10,7 @@ import click
 from pydantic import BaseModel
 
 from mergekit_stf.cli._report.sample import spread
+from mergekit_stf.cli.terminal import echo, echo_json
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.estimate import Estimate, by_rule, estimate
 from mergekit_stf.host.inputs import input_models
@@ -111,10 +112,10 @@ def command(
     merge_options.apply_global_options()
     plan = make_plan(config_file, out, merge_options, sample)
     if as_json:
-        click.echo(plan.model_dump_json(indent=2))
+        echo_json(plan)
     else:
         for line in _lines(plan):
-            click.echo(line)
+            echo(line)
     if strict and plan.warnings:
         raise click.exceptions.Exit(1)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from mergekit_stf.cli.terminal import echo
+
 EXTRA = ("jinja2", "matplotlib")
 DEFAULT_SAMPLE = 48
 
@@ -58,7 +60,7 @@ def command(
     from mergekit_stf.cli._report.write import write_report
 
     for line in write_report(out, sample, output, diagnostics, device, quiet):
-        click.echo(line)
+        echo(line)
 
 
 def _require_extra() -> None:

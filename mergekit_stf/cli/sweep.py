@@ -14,6 +14,7 @@ from mergekit_stf.cli._sweep.evaluate import Evaluation, evaluate
 from mergekit_stf.cli._sweep.table import Row, lines, write_best, write_table
 from mergekit_stf.cli.errors import Terminated
 from mergekit_stf.cli.store_options import add_store_options
+from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.grid import Point, parse_values, points, replaced
 from mergekit_stf.host.lock import FILE_NAME, read_lock
@@ -91,15 +92,15 @@ def command(
     recipe = load_recipe(config_file)
     merge_options.apply_global_options()
     for warning in recipe.warnings:
-        click.echo(f"Warning: {recipe.source}: {warning}", err=True)
+        echo(f"Warning: {recipe.source}: {warning}", err=True)
     for name in replaced(recipe, list(values)):
-        click.echo(f"Warning: {name} of single models or layers is replaced by the sweep", err=True)
+        echo(f"Warning: {name} of single models or layers is replaced by the sweep", err=True)
     store = StoreOptions(out / ".store", store_size)
     evaluation = Evaluation(command_line, lower_is_better) if command_line else None
     try:
         rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
     except (KeyboardInterrupt, Terminated):
-        click.echo("Interrupted. Run the same command again to go on from here.", err=True)
+        echo("Interrupted. Run the same command again to go on from here.", err=True)
         raise
     if not keep_store:
         shutil.rmtree(out / ".store", ignore_errors=True)
@@ -126,7 +127,7 @@ def _sweep(
         rows.append(row)
         if not options.quiet:
             scored = f", score {row.score:g}" if evaluation else ""
-            click.echo(f"[{number}/{len(grid)}] {folder} {state}{scored}")
+            echo(f"[{number}/{len(grid)}] {folder} {state}{scored}")
     return rows
 
 
@@ -139,15 +140,15 @@ def _is_done(folder: Path, point: Point) -> bool:
 
 
 def _finish(rows: Sequence[Row], out: Path, evaluation: Evaluation | None) -> None:
-    click.echo(f"{write_table(rows, out)}: {len(rows)} points")
+    echo(f"{write_table(rows, out)}: {len(rows)} points")
     if evaluation is None:
         return
     for line in lines(rows):
-        click.echo(line)
+        echo(line)
     if importlib.util.find_spec("matplotlib") is None:
-        click.echo("no plot: pip install 'mergekit-stf[report]'")
+        echo("no plot: pip install 'mergekit-stf[report]'")
     else:
         from mergekit_stf.cli._sweep.plot import write_plot
 
-        click.echo(f"{write_plot(rows, out)}: the scores as a plot")
-    click.echo(f"{write_best(rows, out, evaluation.lower_is_better)}: the best recipe")
+        echo(f"{write_plot(rows, out)}: the scores as a plot")
+    echo(f"{write_best(rows, out, evaluation.lower_is_better)}: the best recipe")

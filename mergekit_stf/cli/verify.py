@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mergekit_stf.cli.errors import DIFFERENT
+from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.lock import FILE_NAME, Lock, read_lock
 from mergekit_stf.host.lock_check import differences
@@ -40,13 +41,13 @@ def command(
     if rebuild and not found:
         found = _rebuilt(lock, out_path, scratch, transformers_cache, trust_remote_code)
     for line in found:
-        click.echo(line)
+        echo(line)
     if found:
-        click.echo(f"{out_path}: {len(found)} differences from {FILE_NAME}", err=True)
+        echo(f"{out_path}: {len(found)} differences from {FILE_NAME}", err=True)
         raise SystemExit(DIFFERENT)
     inputs = sum(len(model.files) for model in lock.models)
     again = ", and merged again to the same bytes" if rebuild else ""
-    click.echo(f"{out_path}: {inputs} input and {len(lock.outputs)} output files verified{again}")
+    echo(f"{out_path}: {inputs} input and {len(lock.outputs)} output files verified{again}")
 
 
 def _rebuilt(

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.files import inside
-from mergekit_stf.host.yaml_text import first_line, printable, shown
+from mergekit_stf.host.yaml_text import first_line, shown
+from mergekit_stf.text import printable
 
 WEIGHTS = {
     "model": ("model.safetensors", "pytorch_model.bin"),

@@ -18,7 +18,8 @@ from mergekit_stf.host.lock import (
     text_digest,
     versions,
 )
-from mergekit_stf.host.yaml_text import first_line, printable
+from mergekit_stf.host.yaml_text import first_line
+from mergekit_stf.text import printable
 
 
 def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[str]:

@@ -66,16 +66,16 @@ def check_recipe(text: str, source: str = "recipe") -> Recipe:
     if not problems:
         config, problems = _validated(document.data)
     if config is None or problems:
-        raise STFError(_report(document, problems, source))
+        raise STFError(*_report(document, problems, source))
     warnings = tuple(document.locate(p) for p in parameter_warnings(document.data))
     return Recipe(config, text, source, warnings)
 
 
-def _report(document: Document, problems: list[Problem], source: str) -> str:
+def _report(document: Document, problems: list[Problem], source: str) -> list[str]:
     lines = list(dict.fromkeys(document.locate(problem) for problem in problems))
     if len(lines) == 1:
-        return f"{source}: {lines[0]}"
-    return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+        return [f"{source}: {lines[0]}"]
+    return [f"{source}: {len(lines)} problems", *(f"  {line}" for line in lines)]
 
 
 def _problems(data: Any) -> Iterator[Problem]:

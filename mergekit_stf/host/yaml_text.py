@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.text import printable
 
 MAX_NODES = 100_000
 MAX_CHARACTERS = 1_000_000
@@ -38,11 +39,6 @@ class Document:
         where = [f"line {self.lines[path]}"] if path in self.lines else []
         where += [problem.path] if problem.path else []
         return printable(f"{', '.join(where)}: {problem.message}" if where else problem.message)
-
-
-def printable(text: str) -> str:
-    """Escape line breaks and control characters, which a recipe may carry into a message."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: object) -> str:
