@@ -44,7 +44,24 @@ def activate() -> None:
         from mergekit_stf.host.autoload import activate as register_or_warn
     except ModuleNotFoundError:
         return
+    except Exception as error:  # whatever is wrong with us, the import of the host goes on
+        complain(error)
+        return
     register_or_warn()
+
+
+def complain(error: Exception) -> None:
+    """Say in one line that our own package cannot be imported."""
+    if type(error).__name__ == "_DeadlockError":
+        return  # another thread imports the package, and registers the method at its end
+    import logging
+
+    logging.getLogger(__name__).warning(
+        "merge_method 'stf' is not available: mergekit_stf cannot be imported (%s: %s); "
+        "pip install --force-reinstall --no-deps mergekit-stf",
+        type(error).__name__,
+        error,
+    )
 
 
 class HostFinder:
@@ -69,22 +86,54 @@ class HostFinder:
             if finder is self:
                 break
         for finder in finders:
-            spec = finder.find_spec(name, path, target)
+            spec = ask(finder, name, path, target)
             if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = HostLoader(spec.loader)  # type: ignore[assignment]
+                watch(spec)
                 return spec
         return None
 
 
-class HostLoader:
+def ask(
+    finder: "Any",
+    name: str,
+    path: "Sequence[str] | None",
+    target: "ModuleType | None",
+) -> "ModuleSpec | None":
+    """Ask one finder as this interpreter's import system asks it.
+
+    Python 3.10 and 3.11 call ``find_module`` of a finder without ``find_spec``, later ones pass
+    such a finder by. What the finder raises is the caller's, as in an import without the hook.
+    """
+    try:
+        find_spec = finder.find_spec
+    except AttributeError:
+        legacy = getattr(sys.modules["_frozen_importlib"], "_find_spec_legacy", None)
+        return legacy(finder, name, path) if legacy else None
+    return find_spec(name, path, target)  # type: ignore[no-any-return]
+
+
+def watch(spec: "ModuleSpec") -> None:
+    """Let the method be registered after the module of a spec has run, by whichever loader."""
+    loader = spec.loader
+    if loader is None or isinstance(loader, StandIn):
+        return
+    kind = HostLoader if hasattr(loader, "exec_module") else OldHostLoader
+    spec.loader = kind(loader, spec)  # type: ignore[assignment]
+
+
+class StandIn:
     """Stands in for the host's own loader until the module runs, then steps aside."""
 
-    def __init__(self, loader: "Any") -> None:
+    def __init__(self, loader: "Any", spec: "ModuleSpec") -> None:
         self.loader = loader
+        self.spec = spec
 
     def __getattr__(self, name: str) -> "Any":
         return getattr(self.loader, name)
+
+
+class HostLoader(StandIn):
+    """The stand-in for a loader that runs a module that the import system has made."""
 
     def exec_module(self, module: "ModuleType") -> None:
         """Run the host's module as its own loader would, then register the method."""
@@ -93,3 +142,14 @@ class HostLoader:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         activate()
+
+
+class OldHostLoader(StandIn):
+    """The stand-in for a loader of the old kind, which makes the module itself."""
+
+    def load_module(self, name: str) -> "ModuleType":
+        """Load the host's module as its own loader would, then register the method."""
+        self.spec.loader = self.loader
+        module: ModuleType = self.loader.load_module(name)
+        activate()
+        return module

@@ -156,6 +156,47 @@ def test_finders_of_others_are_asked(bare: Environment) -> None:
     assert activations(bare, code.format(place=1)) == 1
 
 
+FINDERS_OF_OTHERS = {
+    "find_module alone": "class f:\n    @staticmethod\n    def find_module(name, path=None): pass",
+    "a class": "class f:\n    @classmethod\n    def find_spec(cls, *arguments): return None",
+    "None": "f = None",
+    "nothing to call": "f = object()",
+    "a finder that raises": "class f:\n    @staticmethod\n    def find_spec(name, *rest):\n"
+    "        if name == 'mergekit.merge_methods': raise ImportError('not today')",
+    "an old loader": "class f:\n    @staticmethod\n    def find_spec(name, *rest):\n"
+    "        if name != 'mergekit.merge_methods': return None\n"
+    "        return machinery.ModuleSpec(name, Old())",
+    "find_module with an old loader": "class f:\n    @staticmethod\n"
+    "    def find_module(name, path=None):\n"
+    "        return Old() if name == 'mergekit.merge_methods' else None",
+}
+OLD_LOADER = """
+import sys, importlib.machinery as machinery, types, warnings
+warnings.simplefilter("ignore")
+class Old:
+    def load_module(self, name):
+        module = types.ModuleType(name)
+        module.loaded = "by an old loader"
+        module.__loader__ = self
+        sys.modules[name] = module
+        return module
+"""
+
+
+@pytest.mark.parametrize("finder", FINDERS_OF_OTHERS)
+def test_finders_of_others_are_asked_as_without_us(bare: Environment, finder: str) -> None:
+    code = (
+        f"{OLD_LOADER}\n{FINDERS_OF_OTHERS[finder]}\nsys.meta_path.insert(1, f)\n"
+        "try:\n    import mergekit.merge_methods as m\n"
+        "except Exception as error: print(type(error).__name__, str(error))\n"
+        "else: print(m.loaded, type(m.__loader__).__name__, type(m.__spec__.loader).__name__)\n"
+    )
+    without = bare(code, MERGEKIT_STF_AUTOLOAD="0").stdout
+    *seen, count = bare(f"{code}{REPORT}").stdout.splitlines(keepends=True)
+    assert "".join(seen) == without
+    assert int(count) == (0 if "Error" in without else 1)
+
+
 @pytest.mark.parametrize("left", ["the line", "the hook", "a broken hook"])
 def test_half_uninstalled_is_silent(bare: Environment, left: str) -> None:
     shutil.rmtree(bare.site / "mergekit_stf")
@@ -165,3 +206,12 @@ def test_half_uninstalled_is_silent(bare: Environment, left: str) -> None:
         bare.write("_mergekit_stf_autoload.py", "this is no Python")
     outcome = bare("import mergekit.merge_methods as m; print(m.loaded)", "-W", "error")
     assert (outcome.stdout, outcome.stderr) == ("True\n", "")
+
+
+@pytest.mark.parametrize("damage", ["this is no Python", "1 / 0"])
+def test_a_damaged_package_leaves_the_host_alone(bare: Environment, damage: str) -> None:
+    bare.write(PACKAGE, damage)
+    outcome = bare("import mergekit.merge_methods as m; print(m.loaded)", "-W", "error")
+    assert outcome.stdout == "True\n"
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("merge_method 'stf' is not available: mergekit_stf cannot be imported (")

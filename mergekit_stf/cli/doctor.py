@@ -50,6 +50,8 @@ def _lines(health: Health) -> Iterator[str]:
     yield f"found by mergekit-yaml {'yes' if health.autoload else 'NO'}"
     for path in health.hook_files:
         yield f"  through {path}"
+    tables = "ours beside mergekit's" if health.tables else "mergekit's alone"
+    yield f"architecture tables    {tables}"
     yield ""
     for device in health.devices:
         yield f"{device.name}: {device.description}"

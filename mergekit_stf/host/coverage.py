@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
+from mergekit.architecture.base import ConfiguredModelArchitecture
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
@@ -148,8 +149,20 @@ def _read(config: MergeConfiguration, options: MergeOptions) -> list[Input]:
     for model in sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m))):
         settings = model.config(trust_remote_code=options.trust_remote_code)
         stored = set(LoaderCache().get(model).index.tensor_paths)
-        inputs.append(Input(model, settings, stored, partial.all_weights(settings)))
+        inputs.append(Input(model, settings, stored, _planned(partial, settings)))
     return inputs
+
+
+def _planned(architecture: ModelArchitecture, settings: PretrainedConfig) -> list[WeightInfo]:
+    """Return what the host's planner looks for: the lists that are the same for every input."""
+    configured = ConfiguredModelArchitecture(info=architecture, config=settings)
+    planned: list[WeightInfo] = []
+    for module in map(configured.get_module, architecture.modules):
+        planned += module.pre_weights()
+        for index in range(module.num_layers()):
+            planned += module.layer_weights(index)
+        planned += module.post_weights()
+    return planned
 
 
 def _names(weight: WeightInfo) -> list[str]:

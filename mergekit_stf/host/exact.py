@@ -7,6 +7,7 @@ model is built without memory from its own configuration, and its parameters are
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -69,6 +70,31 @@ def weights_of(model: PreTrainedModel) -> list[WeightInfo]:
     return list({info.name: info for info in infos}.values())
 
 
+def without_ties(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a configuration in which no weight is said to be another one's copy."""
+    untied = copy.deepcopy(config)
+    for part in (untied, getattr(untied, "text_config", untied)):
+        part.tie_word_embeddings = False
+    return untied
+
+
+def _tied(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
+    """Return the weights that the model ties to one of these, which a checkpoint may hold too.
+
+    Where it holds both, with values of their own, transformers does not tie them.
+    """
+    sources = {name: weight for weight in weights for name in weight.tied_names or ()}
+    model = hollow_model(without_ties(config)) if sources else None
+    found = []
+    for weight in weights_of(model) if model else []:
+        names = [weight.name, *(weight.aliases or ())]
+        for source in [sources[name] for name in names if name in sources][:1]:
+            change = {"optional": True, "aliases": None, "tied_names": (source.name,)}
+            axis = {"vocabulary_axis": source.vocabulary_axis}
+            found.append(weight.model_copy(update=change | axis))
+    return found
+
+
 def _spellings(model: PreTrainedModel, names: ParameterNames) -> dict[str, list[str]]:
     """Return the stored names of each parameter that has one of its own or a share in one."""
     spellings: dict[str, list[str]] = {parameter: [] for parameter in names.stored()}
@@ -106,24 +132,25 @@ def _vocabulary_axes(model: PreTrainedModel) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """A configuration that compares by its text, for the cache."""
+class Settings:
+    """A configuration that compares by its text, for caches."""
 
     text: str
     config: PretrainedConfig = field(compare=False)
 
 
 def _split(config: PretrainedConfig) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:
-    return _split_cached(_Settings(config.to_json_string(), config))
+    return _split_cached(Settings(config.to_json_string(), config))
 
 
 @lru_cache(maxsize=64)
-def _split_cached(settings: _Settings) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:
+def _split_cached(settings: Settings) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:
     """Return the weights outside of the longest stack of layers, and those of its layers."""
     model = hollow_model(settings.config)
     if model is None:
         raise STFError(f"transformers has no class {settings.config.architectures[0]}")
     weights = weights_of(model)
+    weights += _tied(weights, settings.config)
     stacks = Counter(prefix for prefix, _ in map(_layer, weights) if prefix is not None)
     (main, _), *_ = stacks.most_common(1) or [("", 0)]
     layers: dict[int, list[WeightInfo]] = {}

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from mergekit_stf.core.decompose import choose_route
 from mergekit_stf.core.precision import has_bfloat16
+from mergekit_stf.host import architectures
 from mergekit_stf.host.autoload import REQUIREMENT, installed_host, is_supported
 
 PACKAGES = (
@@ -68,6 +69,7 @@ class Health(BaseModel):
         registered: whether mergekit knows ``stf`` in this process.
         autoload: whether a fresh interpreter arms the hook, so that ``mergekit-yaml`` finds it.
         hook_files: the start-up files that do so.
+        tables: whether mergekit uses our tables of architectures beside its own.
         threads: that torch uses.
         devices: every device torch can compute on.
         problems: what keeps a merge from working, with the remedy.
@@ -80,6 +82,7 @@ class Health(BaseModel):
     registered: bool
     autoload: bool
     hook_files: list[str]
+    tables: bool
     threads: int
     devices: list[Device]
     problems: list[str]
@@ -98,6 +101,7 @@ def examine() -> Health:
         registered=registered,
         autoload=autoload,
         hook_files=files,
+        tables=architectures.switched_on(),
         threads=torch.get_num_threads(),
         devices=[_device(name) for name in _device_names()],
         problems=list(_problems(registered, autoload, files)),

@@ -76,6 +76,13 @@ def test_an_autoload_that_is_not_live_ends_with_1_and_a_remedy(
     assert "use mergekit-stf merge" in done.stdout
 
 
+def test_the_tables_in_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for switch, told in (("1", "ours beside mergekit's"), ("0", "mergekit's alone")):
+        monkeypatch.setenv("MERGEKIT_STF_TABLES", switch)
+        assert f"architecture tables    {told}\n" in run("doctor").stdout
+        assert json.loads(run("doctor", "--json").stdout)["tables"] is (switch == "1")
+
+
 def test_a_host_of_another_version_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "installed_host", lambda: "0.1.4")
     done = run("doctor")

@@ -79,11 +79,18 @@ weight (`tests/host/test_architectures.py`; this page is written by `python -m t
 
 - **host**: the table that comes with mergekit.
 - **ours**: a table in `mergekit_stf/host/architectures/*.json`, or the host's with the optional
-  biases that it lacks or without a buffer that only old files have. It serves every method of
-  the host, not only `stf`.
+  biases that it lacks or without a buffer that only old files have.
 - **ours, exact**: the names come from the class in transformers and the model's own configuration,
   because layers differ from each other or the host would take the class for another one.
 - **host, inferred**: the host reads the names off the class; it does so well for these.
+
+Our tables serve every merge method of mergekit, not only `stf`, and the tools that read one model,
+such as `mergekit-extract-lora`: these see the biases and other optional weights that the model's
+configuration gives it, and no others. A test runs every command of mergekit with and without the
+package and compares what it writes (`tests/host/test_host_tools.py`); the only differences are
+weights that mergekit's own tables lose. `MERGEKIT_STF_TABLES=0` in the environment leaves mergekit
+its own tables alone: `stf` then stops where they would lose a weight, and
+`mergekit-stf doctor` says which tables are in use.
 
 A class that is not in the table goes the host's way too. Before a weight is read, the names in the
 checkpoints are compared with the names that will be written, in terms of the parameters that

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_stf.host
-from mergekit_stf.host.exact import weights_of
+from mergekit_stf.host.exact import weights_of, without_ties
 from mergekit_stf.host.loading import hollow_model
 from tests.host.classes import SMALL, configuration
 
@@ -149,9 +149,10 @@ TABLES = {
 }
 
 
-def weights(label: str, spellings: dict[str, str]) -> list[Weight]:
+def weights(label: str, spellings: dict[str, str], untied: bool = False) -> list[Weight]:
     """Return the weights of one tiny model with all their spellings."""
-    model = hollow_model(configuration(label))
+    config = configuration(label)
+    model = hollow_model(without_ties(config) if untied else config)
     infos = [info.model_dump(exclude_defaults=True) for info in weights_of(model)]
     for info in infos:
         names = [info["name"], *info.get("aliases", ())]
@@ -165,10 +166,11 @@ def weights(label: str, spellings: dict[str, str]) -> list[Weight]:
 def folded(table: Table) -> dict[str, Weight]:
     """Return the table's weights with their layers folded, in the order of the model.
 
-    A weight that a layer or a variant lacks is optional. The host cannot plan an optional weight
-    with aliases, so such a weight is known by its stored name only.
+    A weight that a layer or a variant lacks is optional, and so is one that is tied to another: a
+    checkpoint may hold it nevertheless, and then with values of its own. The host cannot plan an
+    optional weight with aliases, so such a weight is known by its stored name only.
     """
-    shapes = [_folded_once(label, table) for label in table.variants]
+    shapes = [_folded_once(label, table, u) for label in table.variants for u in (False, True)]
     merged: dict[str, Weight] = {}
     for shape in shapes:
         for name, weight in shape.items():
@@ -178,17 +180,18 @@ def folded(table: Table) -> dict[str, Weight]:
                 known[key] = list(dict.fromkeys([*known.get(key, []), *weight.get(key, [])]))
     for name, weight in merged.items():
         if weight.get("optional") or not all(name in shape for shape in shapes):
-            weight |= {"optional": True, "aliases": []}
-        _tie_back(weight, merged)
+            weight["optional"] = True
+            _tie_back(weight, merged)
+            weight["aliases"] = []
     return {name: {k: v for k, v in w.items() if v != []} for name, w in merged.items()}
 
 
-def _folded_once(label: str, table: Table) -> dict[str, Weight]:
+def _folded_once(label: str, table: Table, untied: bool) -> dict[str, Weight]:
     stacks = [module.stack for module in table.modules.values() if module.stack]
     layer = re.compile(rf"^({'|'.join(map(re.escape, stacks))})\.(\d+)\.")
     found: dict[str, Weight] = {}
     counts: dict[str, int] = {}
-    for weight in weights(label, table.spellings):
+    for weight in weights(label, table.spellings, untied):
         if layer.match(weight["name"]):
             spelled = [weight["name"], *weight.get("aliases", [])]
             name, *aliases = (re.sub(r"\.\d+\.", ".${layer_index}.", n, count=1) for n in spelled)
@@ -203,10 +206,12 @@ def _folded_once(label: str, table: Table) -> dict[str, Weight]:
 
 
 def _tie_back(weight: Weight, known: dict[str, Weight]) -> None:
-    """Let an output matrix that some variants tie fall back on the weight it is tied to."""
+    """Let a weight that some variants tie fall back on the one it is tied to, of the same axis."""
+    spelled = {weight["name"], *weight["aliases"]}
     for other in known.values():
-        if weight.get("optional") and weight["name"] in other.get("tied_names", []):
+        if spelled.intersection(other.get("tied_names", [])):
             weight["tied_names"] = [other["name"]]
+            weight |= {k: v for k, v in other.items() if k == "vocabulary_axis"}
 
 
 def document(table: Table) -> dict[str, Any]:

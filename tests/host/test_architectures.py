@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from mergekit.architecture.json_definitions import JSON_ARCHITECTURES, NAME_TO_ARCH
+from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from mergekit_stf.host import architectures
+from mergekit_stf.host.exact import ExactArchitecture
+from mergekit_stf.host.fitted import FittedArchitecture
+from mergekit_stf.host.loading import ParameterNames, hollow_model
+from tests.environments import run
 from tests.host import audit, tables
 from tests.host.classes import AUDITED, configuration
-from tests.host.merging import merge, recipe, worst_error
+from tests.host.merging import LAMBDA, merge, recipe, worst_error
 from tests.host.models import FAMILIES, Checkpoints, build, perturb, save_family, save_model
+
+OURS = (ExactArchitecture, FittedArchitecture)
 
 RENAMED = [
     "BeitForImageClassification",
@@ -72,6 +81,67 @@ def test_other_spellings_of_a_checkpoint_merge_whole(
     merge(recipe(checkpoints), tmp_path / "out")
     error, name = worst_error(checkpoints, tmp_path / "out", 1.0)
     assert error < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("label", "head"),
+    [
+        ("CohereForCausalLM", "lm_head.weight"),
+        ("Ernie4_5_MoeForCausalLM", "lm_head.weight"),
+        ("Starcoder2ForCausalLM", "lm_head.weight"),
+        ("T5ForConditionalGeneration:1.1", "lm_head.weight"),
+        ("WhisperForConditionalGeneration", "proj_out.weight"),
+    ],
+)
+def test_a_head_that_files_hold_beside_the_embedding_is_merged(
+    label: str, head: str, tmp_path: Path
+) -> None:
+    """Its class ties the two, but not where a checkpoint has both with values of their own."""
+    model = build(label.split(":")[0], configuration(label))
+    assert head in model.all_tied_weights_keys
+    checkpoints = save_model(model, tmp_path, tasks=2)
+    heads = []
+    for folder in (checkpoints.base, *checkpoints.tuned):
+        tensors = load_file(folder / "model.safetensors")
+        heads.append(torch.randn(40, 16))
+        save_file(tensors | {head: heads[-1]}, folder / "model.safetensors", {"format": "pt"})
+    merge(recipe(checkpoints), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")[head]
+    base, *tuned = heads
+    assert torch.allclose(merged, base + LAMBDA * sum(one - base for one in tuned), atol=1e-6)
+
+
+@pytest.mark.parametrize("label", AUDITED)
+def test_the_list_for_one_model_names_nothing_that_it_lacks(label: str) -> None:
+    architectures.register()
+    config = configuration(label)
+    for table in NAME_TO_ARCH.get(label.split(":")[0], []):
+        if any(isinstance(m.architecture, OURS) for m in table.modules.values()):
+            names = ParameterNames(hollow_model(config))
+            assert [w.name for w in table.all_weights(config) if not names.of(w.name)] == []
+
+
+def test_a_model_that_cannot_be_built_keeps_its_whole_list(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    architectures.register()
+    config = configuration("LlamaForCausalLM")
+    config.pad_token_id = config.vocab_size + 1
+    (table,) = NAME_TO_ARCH["LlamaForCausalLM"]
+    assert len(table.all_weights(config)) == 35
+    assert "transformers cannot build this model" in caplog.text
+
+
+def test_our_tables_can_be_switched_off() -> None:
+    code = (
+        "from mergekit.architecture import json_definitions as j\n"
+        "raw = j._load_all_architectures()[1]\n"
+        "import mergekit.merge_methods as m\n"
+        "print(j.NAME_TO_ARCH == raw, 'stf' in [x.spec.name for x in m.registered_methods()])"
+    )
+    for switch, answer in (("0", "True True"), ("1", "False True")):
+        outcome = run([sys.executable, "-c", code], MERGEKIT_STF_TABLES=switch)
+        assert outcome.stdout.split("\n")[0] == answer
 
 
 @pytest.mark.parametrize("stem", tables.TABLES)

@@ -1,11 +1,13 @@
 """Architecture tables that the host lacks or has wrong, registered with it.
 
 The JSON files beside this module are in the host's own format; ``tests/host/tables.py`` writes
-them from the classes of transformers. Every merge method of the host profits from them.
+them from the classes of transformers. Every merge method of the host profits from them, unless
+``MERGEKIT_STF_TABLES=0`` keeps them out.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
@@ -14,11 +16,14 @@ from mergekit.architecture import ModelArchitecture, ModuleDefinition, WeightInf
 from mergekit.architecture.json_definitions import (
     JSON_ARCHITECTURES,
     NAME_TO_ARCH,
-    JsonModuleArchitecture,
     _load_architecture_json,
 )
 
 from mergekit_stf.host.exact import ExactArchitecture
+from mergekit_stf.host.fitted import FittedArchitecture
+
+SWITCH = "MERGEKIT_STF_TABLES"
+"""Environment variable: set to 0, the host keeps its own tables and gets none of ours."""
 
 BIASED = (
     "ApertusForCausalLM",
@@ -84,12 +89,23 @@ EXACT = (
 """Classes that no table fits, because layers differ, and classes that the host takes for others."""
 
 
-@cache
+def switched_on() -> bool:
+    """Say whether our tables are wanted: the environment says so unless it says ``0``."""
+    return os.environ.get(SWITCH) != "0"
+
+
 def register() -> None:
-    """Put our tables into the host's, once."""
+    """Put our tables into the host's, once, unless they are switched off."""
+    if switched_on():
+        _register()
+
+
+@cache
+def _register() -> None:
     for file in resources.files(__package__).iterdir():
         if file.name.endswith(".json"):
-            _put(_load_architecture_json(file.read_text(encoding="utf-8")))
+            table = _load_architecture_json(file.read_text(encoding="utf-8"))
+            _put(_rewritten(table, _unchanged))
     for name in BIASED:
         for table in list(NAME_TO_ARCH[name]):
             _put(_rewritten(table, _with_biases))
@@ -114,7 +130,7 @@ def _put(table: ModelArchitecture) -> None:
 def _rewritten(
     table: ModelArchitecture, change: Callable[[list[WeightInfo]], list[WeightInfo]]
 ) -> ModelArchitecture:
-    """Return a table of the host with each list of weights changed."""
+    """Return a table with each list of weights changed, fitted to the model that is asked for."""
     modules = {}
     for key, module in table.modules.items():
         old = module.architecture.definition
@@ -123,10 +139,14 @@ def _rewritten(
         )
         new = {"pre_weights": change(old.pre_weights), "layer_templates": layers}
         definition = old.model_copy(update=new)
-        architecture = JsonModuleArchitecture(definition=definition)
+        architecture = FittedArchitecture(definition=definition)
         modules[key] = module.model_copy(update={"architecture": architecture})
     copy: ModelArchitecture = table.model_copy(update={"modules": modules})
     return copy
+
+
+def _unchanged(weights: list[WeightInfo]) -> list[WeightInfo]:
+    return weights
 
 
 def _with_biases(weights: list[WeightInfo]) -> list[WeightInfo]:
