@@ -13,6 +13,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="module", params=["single", "sharded"])
+def layout(request: pytest.FixtureRequest) -> str:
+    """How the checkpoints of a test are stored, see `tests.host.models.lay_out`."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.files import read_text
 
 FULL_ROUTE = (
     "merge full copies instead: "
@@ -133,9 +134,7 @@ def read_config(path: Path) -> AdapterConfig:
         STFError: not a plain LoRA adapter; the message names the setting and what to do.
     """
     try:
-        config = AdapterConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise STFError(f"{path}: cannot be read: {error.strerror}") from error
+        config = AdapterConfig.model_validate_json(read_text(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

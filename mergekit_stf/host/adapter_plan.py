@@ -21,7 +21,7 @@ from mergekit_stf.host.adapter_config import FULL_ROUTE
 from mergekit_stf.host.adapter_recipe import adapter_paths, base_of, on_base
 from mergekit_stf.host.adapters import Adapter, Update, read_adapter
 from mergekit_stf.host.coverage import unguarded
-from mergekit_stf.host.inputs import locate
+from mergekit_stf.host.inputs import input_models, locate
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 
 
@@ -85,6 +85,7 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     """
     cache = options.transformers_cache
     adapters = tuple(read_adapter(path, cache) for path in adapter_paths(config))
+    input_models(config, options)
     local = on_base(config, str(locate(base_of(config).model, cache)))
     LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
     base = base_of(local)

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.base import ConfiguredModelArchitecture
@@ -27,6 +28,7 @@ from transformers import PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.loading import ParameterNames, hollow_model
+from mergekit_stf.host.weight_files import weight_files
 
 ALLOW_LOSS = "MERGEKIT_STF_ALLOW_LOSS"
 """Environment variable: set to 1, an incomplete output is a warning and no error."""
@@ -102,7 +104,7 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
     then each weight by its name; only the calls for slices do work here.
 
     Raises:
-        STFError: as :func:`check_coverage`.
+        STFError: as `check_coverage` and `weight_files`.
     """
     if not _guarding.get():
         return
@@ -111,6 +113,8 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
     if not planning or not isinstance(base_id, ModelReference) or len(models) < len(input_ids):
         return
     cache = LoaderCache()
+    for model in models:
+        weight_files(Path(cache.get(model).index.base_path))
     options = MergeOptions(
         transformers_cache=cache.hf_cache_dir,
         lora_merge_cache=cache.lora_cache_dir,

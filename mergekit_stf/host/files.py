@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,13 @@ from pathlib import Path, PurePosixPath
 from mergekit_stf.core.errors import STFError
 
 CHUNK = 1 << 22
+KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def sha256_of(path: Path) -> str:
@@ -38,6 +46,37 @@ def pieces(path: Path) -> Iterator[memoryview]:
                 yield memoryview(buffer)[:count]
     except OSError as error:
         raise STFError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what only looks like a file: reading a pipe or a device may never end.
+
+    Raises:
+        STFError: there is nothing, or a directory, a pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise STFError(f"{path}: cannot be read: {reason}") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no regular file")
+        raise STFError(f"{path} is {kind}; put an ordinary file in its place")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of an ordinary file.
+
+    Raises:
+        STFError: there is none, it cannot be read, or it is not UTF-8.
+    """
+    check_regular(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise STFError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise STFError(f"{path}: cannot be read: not UTF-8 text") from error
 
 
 @contextmanager

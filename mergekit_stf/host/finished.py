@@ -10,8 +10,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import diagnostics, lock
+from mergekit_stf.host.files import read_text
+from mergekit_stf.host.inputs import input_models
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.weight_files import weight_files
 
 HOST_RECIPE = "mergekit_config.yml"
 
@@ -28,10 +31,8 @@ class Finished:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self._loader = LazyTensorLoader.from_disk(str(folder))
-        except (OSError, RuntimeError) as error:
-            raise STFError(f"{folder} holds no merged model; give the folder of a merge") from error
+        weight_files(folder)
+        self._loader = LazyTensorLoader.from_disk(str(folder))
         locked = (folder / lock.FILE_NAME).exists()
         self._lock = lock.read_lock(folder) if locked else None
 
@@ -52,7 +53,7 @@ class Finished:
         path = self.folder / HOST_RECIPE
         if not path.exists():
             raise STFError(f"{self.folder} has neither {lock.FILE_NAME} nor {HOST_RECIPE}")
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
 
     def weights(self) -> list[PlannedWeight]:
         """Plan the merge again.
@@ -67,6 +68,7 @@ class Finished:
                 f"{self.folder} is a merge of adapters, and preservation is measured on full "
                 "models; say --sample 0 to leave it out"
             )
+        input_models(config, options)
         return plan_weights(config, options)
 
     def records(self, path: Path | None = None) -> list[diagnostics.Record]:

@@ -76,7 +76,7 @@ def _headers(path: Path, modified: int) -> dict[str, Header]:
 
 
 def _pickled_headers(path: Path) -> dict[str, Header]:
-    tensors = torch.load(path, map_location="meta", weights_only=True)
+    tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     tensors = tensors.get("state_dict", tensors)
     return {name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from safetensors import SafetensorError, safe_open
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.files import inside
+from mergekit_stf.host.counts import check_counts
+from mergekit_stf.host.files import check_regular, read_text
+from mergekit_stf.host.weight_files import ADAPTER, MODEL, weight_files
 from mergekit_stf.host.yaml_text import first_line, shown
 from mergekit_stf.text import printable
 
-WEIGHTS = {
-    "model": ("model.safetensors", "pytorch_model.bin"),
-    "adapter": ("adapter_model.safetensors", "adapter_model.bin"),
-}
+WEIGHTS = {"model": MODEL, "adapter": ADAPTER}
 SETTINGS = {
     "model": ("config.json", "model_type"),
     "adapter": ("adapter_config.json", "peft_type"),
 }
-INDEX = ".index.json"
 OTHERS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -57,10 +52,13 @@ def input_models(config: MergeConfiguration, options: MergeOptions) -> list[Inpu
     overridden = {r.model for r in config.referenced_models() if r.override_architecture}
     models = []
     for path, kind in _parts(config).items():
-        model = _input_model(path, kind, options)
+        folder = locate(path, options.transformers_cache)
+        _check_entries(folder)
+        held = {} if kind == "tokenizer" else weight_files(folder, WEIGHTS[kind])
         if kind != "tokenizer":
-            _check_settings(model.folder, kind, path in overridden)
-        models.append(model)
+            names = {name for stored in held.values() for name in stored}
+            _check_settings(folder, kind, path in overridden, len(names))
+        models.append(_input_model(path, folder, list(held)))
     return sorted(models, key=lambda model: model.reference)
 
 
@@ -73,28 +71,35 @@ def _parts(config: MergeConfiguration) -> dict[ModelPath, str]:
     return parts | {r.model: "model" for r in references}
 
 
-def _input_model(path: ModelPath, kind: str, options: MergeOptions) -> InputModel:
-    folder = locate(path, options.transformers_cache)
-    commit = folder.name if folder.parent.name == "snapshots" else None
-    weights = [] if kind == "tokenizer" else _weights(folder, WEIGHTS[kind])
-    for name in weights:
-        if not name.endswith(INDEX):
-            _check_readable(folder / name)
+def _input_model(path: ModelPath, folder: Path, weights: list[str]) -> InputModel:
+    hub = not os.path.isdir(path.path)
     others = {p.name for pattern in OTHERS for p in folder.glob(pattern) if p.is_file()}
+    commit = folder.name if hub else None
     return InputModel(str(path), folder, commit, tuple(sorted({*weights, *others})))
 
 
-def _check_settings(folder: Path, kind: str, overridden: bool) -> None:
+def _check_entries(folder: Path) -> None:
+    """Refuse pipes, sockets and devices: the host and transformers open what they find."""
+    for entry in folder.iterdir():
+        if entry.exists() and not entry.is_dir():
+            check_regular(entry)
+
+
+def _check_settings(folder: Path, kind: str, overridden: bool, weights: int) -> None:
     """Check of a configuration what the host takes for granted."""
     name, key = SETTINGS[kind]
     path = folder / name
+    text = read_text(path)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise STFError(f"{path}: cannot be read: {printable(first_line(error))}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get(key), str):
         raise STFError(f"{path}: expected a mapping with {key!r}; fetch or copy it again")
-    if kind == "adapter" or overridden:
+    if kind == "adapter":
+        return
+    check_counts(settings, path, weights)
+    if overridden:
         return
     match settings.get("architectures"):
         case [str()]:
@@ -117,41 +122,3 @@ def locate(path: ModelPath, cache: str | None) -> Path:
         raise STFError(
             f"{path}: no such folder, and not to be had from the hub: {reason}"
         ) from error
-
-
-def _weights(folder: Path, candidates: tuple[str, ...]) -> list[str]:
-    for name in candidates:
-        index = folder / (name + INDEX)
-        if index.exists():
-            return [*_shards(index), index.name]
-        if (folder / name).exists():
-            return [name]
-    raise STFError(f"{folder} holds no weights; expected {' or '.join(candidates)}")
-
-
-def _shards(index: Path) -> Iterator[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in sorted(names):
-            inside(index.parent, name, links=True)
-            yield name
-    except STFError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise STFError(f"{index} is damaged: it maps no weights to files") from error
-
-
-def _check_readable(path: Path) -> None:
-    if not path.exists():
-        raise STFError(f"{path} is missing; its model's index names it")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                return
-        readable = zipfile.is_zipfile(path)
-    except (SafetensorError, OSError) as error:
-        raise STFError(
-            f"{path} is damaged or truncated ({error}); fetch or copy it again"
-        ) from error
-    if not readable:
-        raise STFError(f"{path} is damaged or truncated, or of a type older than torch 1.6")

@@ -12,10 +12,14 @@ from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.files import read_text
 from mergekit_stf.host.recipe_keys import did_you_mean, unknown_keys
 from mergekit_stf.host.recipe_models import model_problems
 from mergekit_stf.host.recipe_parameters import parameter_problems, parameter_warnings
 from mergekit_stf.host.yaml_text import Document, Problem, parse, shown
+
+REPORTED = 100
+"""Problems of a recipe that are listed."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         STFError: the file cannot be read, or `check_recipe` finds a problem in it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise STFError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise STFError(f"{path}: not a recipe: not UTF-8 text") from error
-    return check_recipe(text, source=str(path))
+    return check_recipe(read_text(Path(path)), source=str(path))
 
 
 def check_recipe(text: str, source: str = "recipe") -> Recipe:
@@ -75,7 +73,9 @@ def _report(document: Document, problems: list[Problem], source: str) -> list[st
     lines = list(dict.fromkeys(document.locate(problem) for problem in problems))
     if len(lines) == 1:
         return [f"{source}: {lines[0]}"]
-    return [f"{source}: {len(lines)} problems", *(f"  {line}" for line in lines)]
+    more = ["..."] if len(lines) > REPORTED else []
+    listed = (f"  {line}" for line in (*lines[:REPORTED], *more))
+    return [f"{source}: {len(lines)} problems", *listed]
 
 
 def _problems(data: Any) -> Iterator[Problem]:

@@ -122,9 +122,11 @@ def _group_problems(group: Group, method: Any) -> Iterator[Problem]:
     base = reference(group.base)
     if None in models or (group.base is not None and base is None):
         return
-    for index, model in enumerate(models):
-        if model in models[:index]:
-            yield Problem(group.entries[index][0], f"{model} is listed twice; give it once")
+    seen: set[ModelReference | None] = set()
+    for model, (path, _) in zip(models, group.entries, strict=True):
+        if model in seen:
+            yield Problem(path, f"{model} is listed twice; give it once")
+        seen.add(model)
     ids = list(dict.fromkeys(models))
     if base is not None and base not in ids and not group.sliced:
         ids.append(base)

@@ -11,9 +11,9 @@ from mergekit_stf.cli.main import main
 from tests.host.models import Checkpoints, save_family
 
 
-def tiny_models(folder: Path, family: str = "llama") -> Checkpoints:
+def tiny_models(folder: Path, family: str = "llama", layout: str = "single") -> Checkpoints:
     """Write a base and three tuned copies."""
-    return save_family(family, folder)
+    return save_family(family, folder, layout=layout)
 
 
 def write_recipe(path: Path, models: Checkpoints, **parameters: object) -> Path:

@@ -22,11 +22,13 @@ MODELS = {"llama": (llama, made.LLAMA_LINEAR), "gpt2": (gpt2, made.GPT2_LINEAR)}
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
-def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(
+    request: pytest.FixtureRequest, layout: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Write a base, two adapters and a recipe over them, and return the recipe."""
     build, targets = MODELS[request.param]
     root = tmp_path_factory.mktemp(request.param)
-    base = save_model(build(), root, tasks=0).base
+    base = save_model(build(), root, tasks=0, layout=layout).base
     adapters = [
         made.save_adapter(base, root / f"adapter{seed}", seed, target_modules=targets)
         for seed in (1, 2)

@@ -18,14 +18,14 @@ from mergekit_stf.host.planned import plan_weights
 from mergekit_stf.host.probe import probe
 from mergekit_stf.host.recipe import load_recipe
 from tests.cli.merges import run, tiny_models, write_recipe
-from tests.host.models import Checkpoints, llama, perturb, save_model
+from tests.host.models import Checkpoints, llama, perturb, save_model, tensors_of
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return tiny_models(tmp_path_factory.mktemp("models"))
+def models(layout: str, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return tiny_models(tmp_path_factory.mktemp("models"), layout=layout)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_table_counts_every_weight_by_rule(recipe: Path, models: Checkpoints
     done = run("plan", recipe, "--json", "--out", recipe.parent / "out")
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
-    tensors = load_file(models.base / "model.safetensors")
+    tensors = tensors_of(models.base)
     rules = {row["rule"]: row for row in plan["rules"]}
     assert sum(row["weights"] for row in rules.values()) == len(tensors)
     assert sum(row["parameters"] for row in rules.values()) == sum(
@@ -115,7 +115,7 @@ def test_strict_makes_a_warning_an_error(recipe: Path, models: Checkpoints) -> N
 
 
 def test_a_probe_finds_what_is_wrong_with_the_models(models: Checkpoints, tmp_path: Path) -> None:
-    base, first = (load_file(m / "model.safetensors") for m in (models.base, models.tuned[0]))
+    base, first = (tensors_of(m) for m in (models.base, models.tuned[0]))
     changes = {
         "twin": {n: base[n] + 1.05 * (first[n] - base[n]) for n in base},
         "loud": {n: base[n] + 9 * (first[n].flip(0) - base[n].flip(0)) for n in base},

@@ -7,6 +7,7 @@ writes a base and its tuned copies as ordinary Hugging Face checkpoints.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 16, 24, 2, 2, 40
@@ -73,20 +75,29 @@ def _add_noise(model: PreTrainedModel, scale: float) -> None:
 
 
 def save_family(
-    family: str, root: Path, tasks: int = 3, dtype: torch.dtype = torch.float32
+    family: str,
+    root: Path,
+    tasks: int = 3,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "single",
 ) -> Checkpoints:
     """Write the base of a family and ``tasks`` tuned copies under ``root``."""
-    return save_model(FAMILIES[family](), root, tasks, dtype)
+    return save_model(FAMILIES[family](), root, tasks, dtype, layout)
 
 
 def save_model(
-    model: PreTrainedModel, root: Path, tasks: int = 3, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    root: Path,
+    tasks: int = 3,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "single",
 ) -> Checkpoints:
-    """Write a model and ``tasks`` perturbed copies of it under ``root``."""
+    """Write a model and ``tasks`` perturbed copies of it under ``root``, see `lay_out`."""
     copies = [model, *(perturb(model, seed) for seed in range(1, tasks + 1))]
     folders = [root / "base", *(root / f"tuned{seed}" for seed in range(1, tasks + 1))]
     for one, folder in zip(copies, folders, strict=True):
         (one if dtype == torch.float32 else one.to(dtype)).save_pretrained(folder)
+        lay_out(folder, layout)
     return Checkpoints(folders[0], tuple(folders[1:]))
 
 
@@ -222,3 +233,47 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "vit": vit,
     "whisper": whisper,
 }
+
+
+LAYOUTS = ("single", "sharded", "pickled")
+SHARDS = 3
+
+
+def lay_out(folder: Path, layout: str) -> Path:
+    """Store a checkpoint of one file in another way, and return its folder.
+
+    ``sharded`` is a model as the hub's cache holds it: shards, an index, and links into a folder
+    of blobs. ``pickled`` are shards of pickles. Neighbours come to lie in different shards.
+    """
+    if layout == "single":
+        return folder
+    suffix = "safetensors" if layout == "sharded" else "bin"
+    stem = "model" if layout == "sharded" else "pytorch_model"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"{stem}-{n + 1:05d}-of-{SHARDS:05d}.{suffix}" for n in range(SHARDS)]
+    places = {name: files[n % SHARDS] for n, name in enumerate(sorted(tensors))}
+    for file in files:
+        shard = {name: tensors[name] for name in tensors if places[name] == file}
+        if layout == "sharded":
+            save_file(shard, folder / file, {"format": "pt"})
+        else:
+            torch.save(shard, folder / file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    if layout == "sharded":
+        _link(folder, folder.parent / "blobs" / folder.name)
+    return folder
+
+
+def _link(folder: Path, blobs: Path) -> None:
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint of safetensors, in one file or in shards."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -29,7 +29,7 @@ from tests.host.merging import (
     rules_of,
     worst_error,
 )
-from tests.host.models import Checkpoints, llama, mixtral, perturb, save_model
+from tests.host.models import LAYOUTS, Checkpoints, lay_out, llama, mixtral, perturb, save_model
 
 LLAMA = transformers.LlamaForCausalLM
 
@@ -70,12 +70,13 @@ def test_pickled_checkpoints(
     assert same(load_file(tmp_path / "out" / "model.safetensors"), merged)
 
 
+@pytest.mark.parametrize("stored", LAYOUTS)
 def test_sharded_checkpoints(
-    plain: Checkpoints, merged: dict[str, torch.Tensor], tmp_path: Path
+    stored: str, plain: Checkpoints, merged: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     sharded = copies(plain, tmp_path)
-    reload(plain.tuned[0], LLAMA).save_pretrained(sharded.tuned[0], max_shard_size="8KB")
-    assert len(list(sharded.tuned[0].glob("model-*.safetensors"))) > 1
+    for folder in (sharded.base, sharded.tuned[0]):
+        lay_out(folder, stored)
     merge(recipe(sharded), tmp_path / "out")
     assert same(load_file(tmp_path / "out" / "model.safetensors"), merged)
 
