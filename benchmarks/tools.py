@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import parser, peak_of, seconds, shown, spread, task_matrices, write
+from harness import finish, judge, parser, peak_of, seconds, shown, spread, task_matrices
 from safetensors.torch import load_file, save_file
 from whole_merge import make, recipe
 
@@ -27,6 +28,8 @@ from mergekit_stf.core import superpose
 from mergekit_stf.host import diagnostics
 
 POINTS = "0.4:1.2:0.1"
+NEAR = 1.5
+"""How far, as a factor, an estimate may be from what the merge takes on a machine that is idle."""
 COMMAND = str(Path(sys.executable).with_name("mergekit-stf"))
 
 
@@ -129,7 +132,11 @@ def main() -> None:
         print(f"{name}: {shown(spread(values))}")
     for name, values in ratios.items():
         print(f"{name}: {shown(spread(values), 'x')}")
-    write(given.json, {name: spread(values) for name, values in {**times, **ratios}.items()})
+    figures: dict[str, Any] = {name: spread(values) for name, values in {**times, **ratios}.items()}
+    for name in ("plan's time over the merge's", "plan's memory over the merge's"):
+        judge(figures, name, figures[name]["median"], "at most", NEAR)
+        judge(figures, f"{name}, at the least", figures[name]["median"], "at least", 1 / NEAR)
+    finish(given, figures)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ with one word changed. The paper's γ is ``lambda``, its η is ``density``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +48,17 @@ def number(value: Any) -> float:
     try:
         converted = float(value)
     except ValueError:
-        raise ValueError(message) from None
+        raise ValueError(decimal_comma(value) or message) from None
     if not abs(converted) <= LARGEST:
         raise ValueError(message)
     return converted
+
+
+def decimal_comma(value: Any) -> str:
+    """Say how a number with a comma in it is written; nothing where there is none."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
+        return f"must be written with a point, {value.strip().replace(',', '.')}"
+    return ""
 
 
 def density(value: Any) -> float:

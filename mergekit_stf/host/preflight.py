@@ -65,8 +65,17 @@ def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:
         shape = _shape(weight.loads[model])
         if shape is None or shape == expected:
             continue
-        axes = sum(a != b for a, b in zip(shape, expected, strict=False))
-        if not (realigned and len(shape) == len(expected) and axes == 1):
+        axes = [axis for axis, (a, b) in enumerate(zip(shape, expected, strict=False)) if a != b]
+        one = axes[0] if len(shape) == len(expected) and len(axes) == 1 else None
+        if one is not None and realigned:
+            continue
+        if one is not None and one == weight.vocabulary_axis:
+            yield (
+                f"{weight.name}: {model} has a vocabulary of {shape[one]} tokens, the base one of "
+                f"{expected[one]}; add «tokenizer: {{source: union}}» to the recipe to merge all "
+                "tokens, or «tokenizer: {source: base}» to keep those of the base"
+            )
+        else:
             yield (
                 f"{weight.name}: {model} has shape {shape}, the base has {expected}; "
                 "only models of one architecture and size can be merged"

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
+from mergekit.merge_methods.registry import registered_methods
 from pydantic import BaseModel
 
+from mergekit_stf.host.parameters import IGNORED
 from mergekit_stf.host.yaml_text import Problem, child
 
 PARAMETERS = "parameters"
@@ -16,8 +18,9 @@ PARAMETERS = "parameters"
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return ``; did you mean 'lambda'?``, or the list of what is known when nothing is near."""
     names = list(known)
-    near = get_close_matches(str(word), names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
+    lower = {name.lower(): name for name in names}
+    near = get_close_matches(str(word).lower(), lower, n=1, cutoff=0.6)
+    return f"; did you mean {lower[near[0]]!r}?" if near else f"; known are {', '.join(names)}"
 
 
 def unknown_keys(value: Any, annotation: Any, path: str = "") -> Iterator[Problem]:
@@ -37,7 +40,7 @@ def unknown_keys(value: Any, annotation: Any, path: str = "") -> Iterator[Proble
                 if key != PARAMETERS:
                     yield from unknown_keys(inner, fields[key], child(path, key))
             elif fields:
-                yield Problem(child(path, str(key)), f"unknown key{did_you_mean(key, fields)}")
+                yield Problem(child(path, str(key)), _unknown(key, fields))
         for item_type in _arguments(members, dict, 1):
             for key, inner in value.items():
                 yield from unknown_keys(inner, item_type, child(path, str(key)))
@@ -45,6 +48,13 @@ def unknown_keys(value: Any, annotation: Any, path: str = "") -> Iterator[Proble
         for item_type in _arguments(members, list, 0):
             for index, inner in enumerate(value):
                 yield from unknown_keys(inner, item_type, child(path, index))
+
+
+def _unknown(key: object, fields: dict[str, Any]) -> str:
+    parameters = {p.name for m in registered_methods() for p in m.spec.parameters} | {*IGNORED}
+    if key in parameters and PARAMETERS in fields:
+        return f"not read here; {key} is a parameter and belongs one level deeper, in «parameters»"
+    return f"unknown key{did_you_mean(key, fields)}"
 
 
 def _flatten(annotation: Any) -> Iterator[Any]:

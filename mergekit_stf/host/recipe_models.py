@@ -130,6 +130,10 @@ def _group_problems(group: Group, method: Any) -> Iterator[Problem]:
     ids = list(dict.fromkeys(models))
     if base is not None and base not in ids and not group.sliced:
         ids.append(base)
+    if base is not None and base not in ids:
+        ranges = "«sources» of a slice are merged as they are listed"
+        yield Problem(group.path, f"the base model {base} is missing: {ranges}; list it too")
+        return
     where, reason = _refusal(method, ids, base)
     if reason:
         yield Problem(where or group.path, reason)

@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope, Paramet
 from pydantic import ValidationError
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.parameters import IGNORED
+from mergekit_stf.host.parameters import IGNORED, decimal_comma
 from mergekit_stf.host.recipe_keys import PARAMETERS, did_you_mean, unknown_keys
 from mergekit_stf.host.recipe_models import groups, mappings, reference, sections
 from mergekit_stf.host.yaml_text import Problem, child, shown
@@ -32,7 +32,7 @@ def parameter_problems(data: dict[Any, Any]) -> Iterator[Problem]:
         for name, value in settings.items():
             where = child(path, str(name))
             if name not in known:
-                yield Problem(where, _unknown(spec, str(name), known))
+                yield Problem(where, _after_comma(name, value) or _unknown(spec, str(name), known))
             elif not _is_legacy(spec, name):
                 yield from _placed(known[name], where, per_model)
                 yield from _value_problems(known[name], value, where)
@@ -80,6 +80,13 @@ def _unknown(spec: MergeMethodSpec, name: str, known: dict[str, ParameterSpec]) 
     if spec.name == "stf" and name in OTHER_NAMES:
         return f"not a parameter of stf; it is called {OTHER_NAMES[name]!r} here"
     return f"not a parameter of {spec.name}{did_you_mean(name, known)}"
+
+
+def _after_comma(name: Any, value: Any) -> str:
+    """Say what a number without a value is: in ``{density: 0,5}`` the comma ends the entry."""
+    if value is None and str(name).isdigit():
+        return "a comma ends an entry; write the number before it with a point, as in 0.5"
+    return ""
 
 
 def _places(data: dict[Any, Any]) -> Iterator[tuple[str, Any, bool]]:
@@ -145,6 +152,9 @@ def _scalars(parameter: ParameterSpec, value: Any, where: str) -> Iterator[Probl
 def _scalar(parameter: ParameterSpec, value: Any, where: str) -> Iterator[Problem]:
     if not isinstance(value, (bool, int, float, str)):
         yield Problem(where, f"expected a single value; got {shown(value)}")
+        return
+    if comma := decimal_comma(value):
+        yield Problem(where, f"{comma}, got {shown(value)}")
         return
     try:
         parameter.validate(value)

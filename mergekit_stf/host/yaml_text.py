@@ -12,6 +12,9 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.text import printable
 
 MAX_NODES = 100_000
+ONE_DOCUMENT = "expected a single document in the stream"
+"""What PyYAML says of a file with several documents."""
+
 MAX_CHARACTERS = 1_000_000
 
 
@@ -121,5 +124,10 @@ def _walk(node: yaml.Node, path: str, above: tuple[int, ...]) -> Iterator[tuple[
 def _marked(error: yaml.MarkedYAMLError, source: str) -> str:
     mark = error.problem_mark or error.context_mark
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    if error.context == ONE_DOCUMENT:
+        return (
+            f"{source}{where}: a second recipe starts here; give one recipe a file, or merge them "
+            "in turn with mergekit-multi, which reads several from one file"
+        )
     what = " ".join(part for part in (error.context, error.problem) if part)
     return f"{source}{where}: not readable as YAML: {printable(first_line(what))}"

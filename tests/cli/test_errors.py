@@ -12,6 +12,7 @@ from mergekit.common import dtype_from_name
 
 from mergekit_stf.cli import errors
 from mergekit_stf.core.errors import STFError
+from tests.cli.merges import run
 
 
 def host_error() -> Exception:
@@ -20,6 +21,20 @@ def host_error() -> Exception:
     except RuntimeError as error:
         return error
     raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("mrege", "no command 'mrege'; did you mean 'merge'?"),
+        ("Doctor", "no command 'Doctor'; did you mean 'doctor'?"),
+        ("xyz", "no command 'xyz'; there are demo, plan, merge, "),
+    ],
+)
+def test_a_misspelt_command_names_the_one_that_is_meant(word: str, expected: str) -> None:
+    failed = run(word)
+    assert failed.exit_code == 2
+    assert f"Error: {expected}" in failed.stderr
 
 
 @pytest.mark.parametrize(

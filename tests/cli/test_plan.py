@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.plan import duration
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.gram import blocks_size
+from mergekit_stf.core.threads import workspace
+from mergekit_stf.host import calibrate, estimate
 from mergekit_stf.host.calibrate import EXPONENT, Kind, _rank, kind_of, measure_kinds
 from mergekit_stf.host.options import MergeOptions
 from mergekit_stf.host.planned import plan_weights
 from mergekit_stf.host.probe import probe
 from mergekit_stf.host.recipe import load_recipe
 from tests.cli.merges import run, tiny_models, write_recipe
-from tests.host.models import Checkpoints, llama, perturb, save_model, tensors_of
+from tests.host.classes import configuration
+from tests.host.models import Checkpoints, build, llama, perturb, save_model, tensors_of
 
 CPU = torch.device("cpu")
 
@@ -106,6 +112,32 @@ def test_other_shapes_are_found_before_the_merge(models: Checkpoints, tmp_path: 
     assert "mlp" in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("label", "table"),
+    [
+        ("GPT2LMHeadModel", "transformer.wte.weight"),
+        ("LlamaForCausalLM", "model.embed_tokens.weight"),
+        ("T5ForConditionalGeneration", "shared.weight"),
+    ],
+)
+def test_vocabularies_of_other_sizes_name_the_way_out(
+    label: str, table: str, tmp_path: Path
+) -> None:
+    folders = []
+    for size in (40, 44):
+        config = configuration(label)
+        config.vocab_size = size
+        folders.append(save_model(build(label, config), tmp_path / str(size), tasks=1))
+    mixed = Checkpoints(folders[0].base, (folders[0].tuned[0], folders[1].tuned[0]))
+    failed = run("plan", write_recipe(tmp_path / "recipe.yml", mixed))
+    assert failed.exit_code == 1
+    assert f"{table}: {mixed.tuned[1]} has a vocabulary of 44 tokens, the base one of 40; add " in (
+        failed.stderr
+    )
+    assert "«tokenizer: {source: union}»" in failed.stderr
+    assert "«tokenizer: {source: base}»" in failed.stderr
+
+
 def test_strict_makes_a_warning_an_error(recipe: Path, models: Checkpoints) -> None:
     write_recipe(recipe, models, normalize=True)
     plan = run("plan", recipe, "--strict", "--json")
@@ -168,22 +200,111 @@ def test_a_probe_says_what_dtype_rounds_off(models: Checkpoints, tmp_path: Path)
     assert found.models[0].norm == pytest.approx(float(rounded.norm()), rel=1e-6)
 
 
-def test_a_kind_is_measured_at_its_own_size_when_there_is_time() -> None:
-    (seconds,) = measure_kinds([kind()], CPU).values()
-    assert 0 < seconds < 1
+class Clock:
+    """A device on which work takes the time of a law, and a clock that only work moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, unit: float, power: float) -> None:
+        self.now, self.unit, self.power = 0.0, unit, power
+        self.sides: list[int] = []
+        monkeypatch.setattr(calibrate, "_run", self.run)
+        monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def run(self, kind: Kind, side: int, device: torch.device) -> float:
+        seconds = self.law(side)
+        self.now += seconds
+        self.sides.append(side)
+        return seconds
+
+    def law(self, side: int) -> float:
+        return self.unit * side**self.power
 
 
-def test_a_large_kind_is_scaled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    sides = []
+def test_a_kind_is_measured_at_its_own_size_when_there_is_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch, 1e-9, 2.5)
+    whole = kind(sides=(512, 512))
+    assert measure_kinds([whole], CPU)[whole] == pytest.approx(clock.law(512))
+    assert clock.sides[-1] == 512
 
-    def cubic(kind: Kind, side: int, device: torch.device) -> float:
-        sides.append(side)
-        return 1e-3 * (side / 64) ** EXPONENT
 
-    monkeypatch.setattr("mergekit_stf.host.calibrate._run", cubic)
+def test_a_large_kind_is_scaled_up_by_the_cube(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, 1e-8, EXPONENT)
     large = kind(sides=(4096, 4096))
-    assert measure_kinds([large], CPU)[large] == pytest.approx(1e-3 * 64**3)
-    assert max(sides) < 1024
+    assert measure_kinds([large], CPU)[large] == pytest.approx(clock.law(4096))
+    assert 256 <= max(clock.sides) < 1024
+
+
+def test_a_vector_is_scaled_up_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, 1e-4, 1.0)
+    long = kind("sum", sides=(10**6, 1))
+    assert measure_kinds([long], CPU)[long] == pytest.approx(clock.law(10**6))
+    assert max(clock.sides) < 10**5
+
+
+@pytest.mark.parametrize("unit", [1e-10, 1e-9, 1e-8, 1e-7])
+def test_calibration_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
+    clock = Clock(monkeypatch, unit, EXPONENT)
+    kinds = [kind(sides=(side, side)) for side in (4096, 2048, 1024)]
+    found = measure_kinds(kinds, CPU, budget=4.0)
+    assert found == pytest.approx({one: clock.law(one.sides[0]) for one in kinds})
+    least = 7 * clock.law(256)
+    assert clock.now < 4.0 + least
+
+
+def test_a_stack_costs_as_often_as_it_has_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, 1e-9, EXPONENT)
+    stack = replace(kind(sides=(256, 256)), stack=8)
+    assert measure_kinds([stack], CPU)[stack] == pytest.approx(8 * clock.law(256))
+
+
+def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of every weight, of every byte hashed and written, and of the start."""
+    costs = {"superpose": 3.0, "sum": 0.5, "mean": 0.25}
+    monkeypatch.setattr(
+        estimate, "measure_kinds", lambda kinds, device: {k: costs[k.rule] for k in kinds}
+    )
+    monkeypatch.setattr(estimate, "process_age", lambda: 7.0)
+    monkeypatch.setattr(estimate, "peak_rss", lambda: 10**9)
+    monkeypatch.setattr(
+        estimate, "_file_seconds", lambda hashed, written, folder: hashed + 100.0 * written
+    )
+    weights = plan_weights(load_recipe(recipe).config, MergeOptions())
+    found = estimate.estimate(weights, MergeOptions(), recipe.parent)
+    assert found.by_weight == {weight.name: costs[weight.rule] for weight in weights}
+    assert found.merging == sum(costs[weight.rule] for weight in weights)
+    assert found.files == found.mapped + 100 * (found.store + found.output)
+    assert found.seconds == found.merging + found.files + 7
+    numel = {weight.name: weight.numel for weight in weights}
+    assert found.output == 4 * sum(numel.values())
+    assert found.mapped == 4 * found.output
+    assert found.store == 4 * sum(numel[w.name] for w in weights if w.rule == "superpose")
+    work = found.memory - 10**9 - found.mapped - found.output
+    assert work == max(estimate._working_bytes(weight, CPU) for weight in weights)
+
+
+def test_a_superposed_weight_needs_its_tasks_features_beside_it(recipe: Path) -> None:
+    """Base and result, a task matrix in three copies, and U and V of each task."""
+    weights = {w.name: w for w in plan_weights(load_recipe(recipe).config, MergeOptions())}
+    up, table = weights["model.layers.0.mlp.up_proj.weight"], weights["model.embed_tokens.weight"]
+    assert up.header.shape == (24, 16)
+    whole, features = 4 * 24 * 16, 4 * (16 * 16 + 24 * 16)
+    most = max(workspace(16, 3, CPU), blocks_size(24, 16, 3))
+    assert estimate._working_bytes(up, CPU) == 5 * whole + 3 * features + most
+    assert estimate._working_bytes(table, CPU) == 4 * 4 * 40 * 16
+
+
+def test_the_speed_of_the_disk_is_measured_on_the_disk_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ticks = iter([0.0, 0.5, 1.0, 3.0])
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    sample = estimate._SAMPLE
+    assert estimate._file_seconds(8 * sample, 3 * sample, tmp_path) == 8 * 0.5 / 4 + 3 * 2.0
+    monkeypatch.undo()
+    with pytest.raises(STFError, match="nowhere: cannot be written: No such file"):
+        estimate._file_seconds(1, 1, tmp_path / "nowhere")
 
 
 def test_kinds_join_what_costs_the_same(recipe: Path) -> None:
@@ -202,14 +323,15 @@ def test_times_are_short(seconds: float, shown: str) -> None:
 
 
 def test_a_pause_of_the_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = iter([1.0, 0.001, 5.0])
+    clock = Clock(monkeypatch, 1e-9, EXPONENT)
+    runs = iter([1.0, clock.law(256), 5.0])
 
     def paused(kind: Kind, side: int, device: torch.device) -> float:
-        return next(runs, 0.008)
+        return next(runs, clock.law(side))
 
-    monkeypatch.setattr("mergekit_stf.host.calibrate._run", paused)
+    monkeypatch.setattr(calibrate, "_run", paused)
     large = kind(sides=(512, 512))
-    assert measure_kinds([large], CPU)[large] == pytest.approx(0.008)
+    assert measure_kinds([large], CPU)[large] == pytest.approx(clock.law(512))
 
 
 def test_a_number_of_features_shrinks_with_the_side() -> None:
@@ -223,31 +345,3 @@ def test_the_memory_of_a_parent_does_not_count() -> None:
     filler = torch.ones(2**28)
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert 10**7 < peak < filler.nbytes
-
-
-@pytest.mark.slow
-def test_the_estimate_is_near_what_the_merge_takes(tmp_path: Path) -> None:
-    """Repeated, as other work on the machine can slow one of the two and not the other."""
-    size = {"hidden_size": 384, "intermediate_size": 1024, "vocab_size": 2000}
-    recipe = write_recipe(tmp_path / "recipe.yml", save_model(llama(**size), tmp_path / "models"))
-    ratios = [_over_actual(recipe, tmp_path / "0")]
-    while not 1 / 1.5 < ratios[-1] < 1.5 and len(ratios) < 3:
-        ratios.append(_over_actual(recipe, tmp_path / str(len(ratios))))
-    assert 1 / 1.5 < ratios[-1] < 1.5, ratios
-
-
-def _over_actual(recipe: Path, out: Path) -> float:
-    """Return the estimated time of merging over what it then takes; check the memory."""
-    plan = json.loads(_process("plan", recipe, "--json"))["estimate"]
-    _process("merge", recipe, out, "--quiet")
-    lines = (out / "stf-diagnostics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    memory = max(record["peak_rss"] for record in records)
-    assert 1 / 1.5 < plan["memory"] / memory < 1.5
-    return float(plan["merging"]) / sum(record["seconds"] for record in records)
-
-
-def _process(*arguments: object) -> str:
-    start = "from mergekit_stf.cli.main import main; main()"
-    command = [sys.executable, "-c", start, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.parameters import PARAMETERS
 from mergekit_stf.host.recipe import Recipe, check_recipe, load_recipe
 
 
@@ -78,6 +79,16 @@ def test_good_recipes_pass(models: Path, extra: str) -> None:
         ("parameters: {ridge: -1}", "parameters.ridge: "),
         ("parameters: {ridge: often}", "parameters.ridge: "),
         ("parameters: {rule: superpos}", "parameters.rule: "),
+        (
+            "parameters: {lambda: [{filter: mlp, value: '-1,25'}]}",
+            "parameters.lambda[0].value: must be written with a point, -1.25, got",
+        ),
+        (
+            "normalize: true",
+            "normalize: not read here; normalize is a parameter and belongs one level",
+        ),
+        ("lambda: 0.5", "lambda: not read here; lambda is a parameter and belongs one level"),
+        ("t: 0.5", "t: not read here; t is a parameter and belongs one level"),
         (
             "parameters: {rule: {filtr: a, value: sum}}",
             "parameters.rule.filtr: unknown key; did you mean 'filter'?",
@@ -160,6 +171,48 @@ def test_missing_method_and_misspelt_method(models: Path) -> None:
     assert problems(text)[0].startswith("r.yml: merge_method: missing")
 
 
+@pytest.mark.parametrize("method", ["stf", "ties"])
+def test_a_decimal_comma(models: Path, method: str) -> None:
+    (block,) = problems(recipe(models, "parameters:\n  density: 0,5", method=method))
+    expected = "must be written with a point, 0.5, got '0,5'"
+    assert block == f"r.yml: line 9, parameters.density: {expected}"
+    flow = problems(recipe(models, "parameters: {density: 0,5}", method=method))[-1]
+    assert "line 8, parameters.5: a comma ends an entry; write the number before it with" in flow
+
+
+def test_a_decimal_comma_in_mergekit_yaml() -> None:
+    with pytest.raises(STFError, match=r"parameter `density`: must be written with a point, 0\.5"):
+        next(p for p in PARAMETERS if p.name == "density").validate("0,5")
+
+
+@pytest.mark.parametrize(
+    ("method", "meant"),
+    [
+        ("STF", "stf"),
+        ("tie", "ties"),
+        ("Task-Arithmetic", "task_arithmetic"),
+        ("dare-ties", "dare_ties"),
+    ],
+)
+def test_a_method_by_another_spelling(models: Path, method: str, meant: str) -> None:
+    (line,) = problems(recipe(models, method=method))
+    expected = f"unknown method {method!r}; did you mean {meant!r}?"
+    assert line == f"r.yml: line 1, merge_method: {expected}"
+
+
+def test_a_parameter_beside_the_parameters_of_a_model(models: Path) -> None:
+    text = recipe(models).replace("/b\n", "/b\n    weight: 0.3\n")
+    (line,) = problems(text)
+    assert line.startswith("r.yml: line 7, models[1].weight: not read here; weight is a parameter")
+
+
+def test_several_recipes_in_a_file(models: Path) -> None:
+    (line,) = problems(f"{recipe(models)}\n---\n{recipe(models)}")
+    assert line.startswith("r.yml, line 9, column 1: a second recipe starts here; ")
+    assert "mergekit-multi" in line
+    assert check_recipe(f"---\n{recipe(models)}").warnings == ()
+
+
 def test_missing_base(models: Path) -> None:
     text = recipe(models).replace("base_model:", "# ")
     assert problems(text) == [
@@ -208,6 +261,14 @@ def test_slices(models: Path) -> None:
     assert "as many layers; got 2 and 3" in problems(SLICES.format(models, "[0, 3]", 1))[0]
     line = problems(SLICES.format(models, "[0, 2]", "x"))[0]
     assert "slices[0].sources[1].parameters.weight: " in line
+
+
+def test_slices_without_the_base(models: Path) -> None:
+    text = SLICES.format(models, "[0, 2]", 1)
+    text = text.replace(f"      - {{model: {models}/base, layer_range: [0, 2]}}\n", "")
+    (line,) = problems(text)
+    assert f"slices[0].sources: the base model {models}/base is missing: " in line
+    assert line.endswith("; list it too")
 
 
 def test_modules(models: Path) -> None:
