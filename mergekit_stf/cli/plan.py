@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.cli.terminal import echo, echo_json
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.adapter_copies import copy_adapters, plan_adapters_as_bases
 from mergekit_stf.host.estimate import Estimate, by_rule, estimate
 from mergekit_stf.host.inputs import input_models
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -128,10 +129,14 @@ def make_plan(config_file: Path, out: Path, options: MergeOptions, sample: int) 
     folder = _existing(out.absolute().parent)
     input_models(recipe.config, options)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".stf-plan-") as scratch:
+        if sample:
+            copy_adapters(recipe.config, options, Path(options.lora_merge_cache or scratch))
+        else:
+            plan_adapters_as_bases(recipe.config, options)
         checks = preflight(recipe.config, options, folder, Store(Path(scratch) / "store"))
         weights = plan_weights(recipe.config, options)
         estimated = estimate(weights, options, Path(scratch))
-    probed = probe(_sampled(weights, sample)) if sample else None
+        probed = probe(_sampled(weights, sample)) if sample else None
     return Plan(
         recipe=str(config_file),
         models=sorted({str(model) for weight in weights for model in weight.models}),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import regex
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,12 +17,10 @@ from pydantic import (
 )
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.adapter_patterns import Matcher, pattern_problem
 from mergekit_stf.host.files import read_text
 
-FULL_ROUTE = (
-    "merge full copies instead: "
-    "mergekit-yaml CONFIG OUT --lora-merge-cache DIR --lora-merge-dtype float32"
-)
+FULL_ROUTE = "merge full copies instead: mergekit-stf merge CONFIG OUT --lora-merge-dtype float32"
 CONVERT = (
     "its training changed the base weights; save it again with PEFT's "
     "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
@@ -74,9 +70,6 @@ HARMLESS = frozenset(
 
 PLAIN_STARTS = frozenset({True, False, "gaussian", "eva", "orthogonal"})
 
-PATIENCE = 1.0
-"""Seconds after which a pattern that backtracks without end is given up."""
-
 EMPTY = BeforeValidator(lambda value: {} if value is None else value)
 """PEFT allows ``null`` for no patterns."""
 
@@ -105,33 +98,53 @@ class AdapterConfig(BaseModel):
     alpha_pattern: Annotated[dict[str, FiniteFloat], EMPTY] = {}
     init_lora_weights: bool | str | None = True
     task_type: str | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
 
-    def rank(self, module: str) -> int:
-        """Return the rank that the configuration gives to a module.
+    @property
+    def expressions(self) -> list[str]:
+        """Every setting that PEFT reads as a regular expression."""
+        whole = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+        return [*whole, *self.rank_pattern, *self.alpha_pattern]
+
+    def settings(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """Return rank and ``alpha`` of each module.
 
         Raises:
             TimeoutError: a pattern that backtracks without end.
         """
-        key = _pattern_for(module, self.rank_pattern)
-        return self.r if key is None else self.rank_pattern[key]
+        ranks, alphas = Matcher(self.rank_pattern), Matcher(self.alpha_pattern)
+        found = {}
+        for module in modules:
+            key, other = ranks.first(module), alphas.first(module)
+            rank = self.r if key is None else self.rank_pattern[key]
+            alpha = self.lora_alpha if other is None else self.alpha_pattern[other]
+            found[module] = rank, alpha
+        return found
 
-    def scale(self, module: str) -> float:
-        """Return the factor of ``B A`` in a module: ``alpha / r``, rsLoRA ``alpha / sqrt(r)``.
-
-        Raises:
-            TimeoutError: as `rank`.
-        """
-        key = _pattern_for(module, self.alpha_pattern)
-        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
-        rank = self.rank(module)
+    def scale(self, rank: int, alpha: float) -> float:
+        """Return the factor of ``B A``: ``alpha / r``, with rsLoRA ``alpha / sqrt(r)``."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Read and check ``adapter_config.json``.
+    """Read and check ``adapter_config.json`` of an adapter whose factors are merged.
 
     Raises:
         STFError: not a plain LoRA adapter; the message names the setting and what to do.
+    """
+    config = read_settings(path)
+    problem = _problem(config)
+    if problem:
+        raise STFError(f"{path}: {problem}")
+    return config
+
+
+def read_settings(path: Path) -> AdapterConfig:
+    """Read ``adapter_config.json`` of any adapter that PEFT may merge.
+
+    Raises:
+        STFError: the file is none, its numbers are none, or a pattern cannot be used.
     """
     try:
         config = AdapterConfig.model_validate_json(read_text(path))
@@ -139,10 +152,14 @@ def read_config(path: Path) -> AdapterConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise STFError(f"{path}: {where}: {first['msg']}") from error
-    problem = _problem(config)
-    if problem:
-        raise STFError(f"{path}: {problem}")
+    for pattern in config.expressions:
+        if problem := pattern_problem(pattern):
+            raise STFError(f"{path}: pattern {_short(pattern)} {problem}; name the modules plainly")
     return config
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 60 else f"{pattern[:60]}…")
 
 
 def _problem(config: AdapterConfig) -> str | None:
@@ -155,22 +172,4 @@ def _problem(config: AdapterConfig) -> str | None:
             continue
         reason = REFUSED.get(key, f"a setting that is not known here; {FULL_ROUTE}")
         return f"{key}: {value!r}: {reason}"
-    return _pattern_problem({**config.rank_pattern, **config.alpha_pattern})
-
-
-def _pattern_problem(patterns: dict[str, Any]) -> str | None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            return f"pattern {pattern!r}: not a regular expression: {error}"
     return None
-
-
-def _pattern_for(module: str, patterns: Iterable[str]) -> str | None:
-    return next((pattern for pattern in patterns if _matches(module, pattern)), None)
-
-
-def _matches(module: str, pattern: str) -> bool:
-    """Say whether PEFT would find the pattern in a module's name, in bounded time."""
-    return regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATIENCE) is not None

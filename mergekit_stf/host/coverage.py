@@ -27,6 +27,7 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.adapter_copies import check_copies
 from mergekit_stf.host.loading import ParameterNames, hollow_model
 from mergekit_stf.host.weight_files import weight_files
 
@@ -123,6 +124,7 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
         trust_remote_code=cache.trust_remote_code,
         allow_crimes=True,  # the host has refused or allowed mixed architectures by now
     )
+    check_copies(models, options)
     recipe = MergeConfiguration(
         merge_method="stf",
         base_model=base_id,

@@ -40,6 +40,10 @@ class ParameterNames:
                 return {self._tied.get(name, name) for name in self._targets(target, pattern)}
         return set()
 
+    def __contains__(self, name: str) -> bool:
+        """Say whether the model has a parameter of that name, tied ones included."""
+        return name in self._parameters
+
     def stored(self) -> list[str]:
         """Return the parameters that a checkpoint holds: all but tied copies."""
         return [name for name in self._parameters if name not in self._tied]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_stf.host import diagnostics
+from mergekit_stf.host.adapter_copies import copy_adapters
 from mergekit_stf.host.card import card
 from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.digests import Digests
@@ -87,7 +87,7 @@ def merge(
         models = input_models(config, options)
         if options.lora_merge_cache is None:
             options = options.model_copy(update={"lora_merge_cache": str(work.adapters)})
-        LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
+        copy_adapters(config, options, Path(options.lora_merge_cache or work.adapters))
         store = Store(wanted.folder or work.store, wanted.size)
         for warning in preflight(config, options, work.folder, store):
             LOG.warning("%s", warning)

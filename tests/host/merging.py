@@ -33,13 +33,13 @@ def recipe(checkpoints: Checkpoints, density: float = 1.0, **more: Any) -> dict[
     return shared | {"parameters": {"lambda": LAMBDA}} | more
 
 
-def merge(config: Mapping[str, Any], out: Path) -> None:
+def merge(config: Mapping[str, Any], out: Path, *options: str) -> None:
     """Run ``mergekit-yaml`` on a recipe, in this process."""
     LoaderCache().loaders.clear()
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.parent / f"{out.name}.yml"
     file.write_text(yaml.safe_dump(dict(config)))
-    arguments = [str(file), str(out), "--quiet", "--no-copy-tokenizer"]
+    arguments = [str(file), str(out), "--quiet", "--no-copy-tokenizer", *options]
     CliRunner().invoke(mergekit_yaml, arguments, catch_exceptions=False, standalone_mode=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from mergekit.common import ModelPath
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import adapter_config
+from mergekit_stf.host import adapter_patterns
 from mergekit_stf.host.adapters import read_adapter
+from mergekit_stf.host.merging import merge
+from mergekit_stf.host.recipe import check_recipe
 from tests.host import peft_adapters as made
 from tests.host.models import llama, mixtral, save_model
 from tests.host.test_adapters import merged
@@ -62,6 +66,13 @@ def refusal(adapter: Path) -> str:
         ({"r": "many"}, "r: "),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"rank_pattern": {"(": 3}}, "regular expression"),
+        ({"rank_pattern": {"(" * 90 + ")" * 90 + "{1000000}": 4}}, "repeats a part"),
+        ({"alpha_pattern": {"((a{40}){40}){40}": 4}}, "repeats a part"),
+        ({"target_modules": "q{1,99999}"}, "repeats a part"),
+        ({"target_modules": "(" * 3000 + ")" * 3000}, "not a regular expression"),
+        ({"exclude_modules": "q" * 20_000}, "20000 characters"),
+        ({"lora_alpha": 1e300}, "model.layers.0.self_attn.q_proj: its update, 3.33e+299 B A"),
+        ({"alpha_pattern": {"1.self_attn.q_proj": 1e60}}, "model.layers.1.self_attn.q_proj: its"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern.q_proj"),
         ({"r": 5}, "says rank 5"),
@@ -75,7 +86,7 @@ def test_settings(adapter: Path, settings: dict[str, Any], words: str) -> None:
 def test_pattern_that_backtracks_without_end(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_config, "PATIENCE", 0.05)
+    monkeypatch.setattr(adapter_patterns, "PATIENCE", 0.05)
     for key in ("rank_pattern", "alpha_pattern"):
         configure(adapter, rank_pattern={}, alpha_pattern={})
         configure(adapter, **{key: {r"(.|.|.)*\d": 3}})
@@ -112,6 +123,38 @@ def test_tensors(
     change(tensors)
     save_file(tensors, file)
     assert words in refusal(adapter)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64, torch.complex64]
+)
+def test_types(adapter: Path, dtype: torch.dtype) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: t.to(dtype) if "lora_A" in k else t for k, t in tensors.items()}, file)
+    assert f"is stored as {dtype}" in refusal(adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_pipes_are_no_files(adapter: Path, name: str) -> None:
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    assert name in refusal(adapter)
+
+
+def test_full_copies_are_refused_alike(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The way through PEFT looks at patterns, sizes and types before PEFT does."""
+    content = made.recipe(base, [f"{base}+{adapter}"])
+    recipe = check_recipe(made.yaml.safe_dump(content))
+    for settings, words in (
+        ({"rank_pattern": {"(" * 90 + ")" * 90 + "{1000000}": 4}}, "repeats a part"),
+        ({"rank_pattern": {}, "lora_alpha": 1e300}, "q_proj: its update"),
+        ({"lora_alpha": 8, "peft_type": "NO_SUCH"}, "PEFT cannot put this adapter on its base"),
+    ):
+        configure(adapter, **settings)
+        with pytest.raises(STFError, match=words):
+            merge(recipe, tmp_path / "out", MergeOptions(quiet=True))
+        assert not (tmp_path / "out").exists()
 
 
 def test_files(adapter: Path, tmp_path: Path) -> None:

@@ -437,7 +437,7 @@ def test_dora_goes_the_plain_way(llama_base: Path, tmp_path: Path) -> None:
         for n in (1, 2)
     ]
     content = made.recipe(llama_base, made.on_base(llama_base, adapters))
-    with pytest.raises(STFError, match=r"DoRA.*lora-merge-cache"):
+    with pytest.raises(STFError, match=r"DoRA.*mergekit-stf merge"):
         merged(content, tmp_path / "native")
     update = {"lora_merge_cache": str(tmp_path / "cache"), "lora_merge_dtype": "float32"}
     with warnings.catch_warnings():
