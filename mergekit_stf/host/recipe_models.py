@@ -15,6 +15,11 @@ from pydantic import ValidationError
 
 from mergekit_stf.host.yaml_text import Problem, child, shown
 
+SEPARATORS = {
+    "+": "that an adapter follows, as in «path+adapter»",
+    "@": "that a revision follows, as in «name@revision»",
+}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -86,6 +91,14 @@ def reference(value: Any) -> ModelReference | None:
 
 
 def _reference_problems(value: Any, path: str) -> Iterator[Problem]:
+    for sign, meaning in SEPARATORS.items():
+        if isinstance(value, str) and sign in value and os.path.isdir(value):
+            yield Problem(
+                path,
+                f"{shown(value)} is a directory, but «{sign}» means {meaning}; rename the "
+                f"directory, or give a link to it whose name has no «{sign}»",
+            )
+            return
     parsed = reference(value)
     if parsed is None:
         yield Problem(

@@ -234,6 +234,18 @@ def test_paths(models: Path) -> None:
     check_recipe(recipe(models).replace(f"{models}/b\n", "somebody/model@main+other/adapter\n"))
 
 
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [("c++", "an adapter follows"), ("a+b", "an adapter follows"), ("a@b", "a revision follows")],
+)
+def test_a_directory_whose_name_the_host_takes_apart(models: Path, name: str, means: str) -> None:
+    (models / name).mkdir()
+    text = recipe(models).replace(f"{models / 'a'}", f"{models / name}")
+    (line,) = problems(text)
+    assert f"«{name[1]}» means that {means}" in line
+    assert "rename the directory" in line
+
+
 def test_a_model_listed_twice(models: Path) -> None:
     text = recipe(models).replace("/b\n", "/a\n")
     assert "models[1]: " in problems(text)[0]
