@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,16 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank
-from mergekit_stf.host.adapter_config import FULL_ROUTE
-from mergekit_stf.host.adapter_names import Known, describe, refusal, resolve
+from mergekit_stf.host.adapter_placing import by_stored_names, module_name, placed_adapter
 from mergekit_stf.host.adapter_recipe import adapter_paths, base_of, on_base
 from mergekit_stf.host.adapters import Adapter, Update, read_adapter
 from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.inputs import input_models, locate
 from mergekit_stf.host.loading import ParameterNames, hollow_model
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,9 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
     model = hollow_model(base.config(options.trust_remote_code))
     loader = None if model is None else ParameterNames(model)
-    placed = [_placed(adapter, planned, names, loader, base) for adapter in adapters]
-    modules = {names[n]: _module_name(n, names[n], loader) for a in placed for n in a.weights}
-    adapters = tuple(_by_stored_names(adapter, names) for adapter in placed)
+    placed = [placed_adapter(adapter, planned, names, loader, base) for adapter in adapters]
+    modules = {names[n]: module_name(n, names[n], loader) for a in placed for n in a.weights}
+    adapters = tuple(by_stored_names(adapter, names) for adapter in placed)
     conv1d = lru_cache(lambda: _conv1d_modules(base, options.trust_remote_code))
     touched = {
         stored: _touched(planned[stored], stored, module, adapters, conv1d)
@@ -123,75 +119,6 @@ def _stored(planned: list[PlannedWeight], base: ModelReference) -> dict[str, Pla
 
 def _names(weight: PlannedWeight) -> tuple[str, ...]:
     return (weight.name, *(weight.loads[weight.base].aliases or ()))
-
-
-def _placed(
-    adapter: Adapter,
-    planned: Mapping[str, PlannedWeight],
-    names: dict[str, str],
-    loader: ParameterNames | None,
-    base: ModelReference,
-) -> Adapter:
-    """Return the adapter with names that the base has; ``names`` gets those that were missing."""
-    unknown = sorted(adapter.weights - set(names))
-    if not unknown:
-        return adapter
-    for stored in planned if loader is not None else ():
-        names |= dict.fromkeys(_parameters(stored, loader), stored)
-    shapes = {name: planned[stored].header.shape for name, stored in names.items()}
-    found = resolve(adapter.shapes, Known(shapes, names, loader))
-    if found is None:
-        raise _unplaced(adapter, sorted(adapter.weights - set(names)) or unknown, loader, base)
-    if found:
-        LOG.warning("%s: its names are not the base's: %s", adapter.source, describe(found))
-    return adapter.renamed(found)
-
-
-def _parameters(stored: str, loader: ParameterNames | None) -> set[str]:
-    """Return the parameter that a stored weight fills by itself, if there is one."""
-    found = set() if loader is None else loader.of(stored)
-    return found if len(found) == 1 else set()
-
-
-def _module_name(name: str, stored: str, loader: ParameterNames | None) -> str:
-    """Return the name by which PEFT finds a weight: that of its parameter."""
-    if loader is None or name in loader:
-        return name
-    return next(iter(_parameters(stored, loader)), name)
-
-
-def _unplaced(
-    adapter: Adapter, unknown: list[str], loader: ParameterNames | None, base: ModelReference
-) -> STFError:
-    some = f"{', '.join(unknown[:3])}{' and others' if len(unknown) > 3 else ''}"
-    if unknown[0] in LoaderCache().get(base).index.tensor_paths:
-        return STFError(
-            f"{adapter.source} changes {some}: the base's checkpoint stores it, but mergekit "
-            "merges it as a part of a stack of experts, or its table of the architecture does not "
-            f"name it; {FULL_ROUTE}"
-        )
-    if loader is not None and unknown[0] in loader:
-        return STFError(
-            f"{adapter.source} changes {some}: the base's checkpoint has no weight of that name, "
-            "since it has tied weights; save the base with weights of their own "
-            "(tie_word_embeddings: false), or leave the adapter out"
-        )
-    shape = adapter.shapes[unknown[0]]
-    labels = shape[0] if len(shape) == 2 else None
-    return refusal(adapter.source, str(base), unknown, adapter.config.task_type, labels)
-
-
-def _by_stored_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """Return the adapter with the names in the base's checkpoint."""
-    stored: dict[str, str] = {}
-    for name in sorted(adapter.weights):
-        other = stored.setdefault(names[name], name)
-        if other != name:
-            raise STFError(
-                f"{adapter.source} changes {names[name]} twice, as {other} and as {name}; "
-                "save it again with PEFT"
-            )
-    return adapter.renamed({name: names[name] for name in adapter.weights})
 
 
 def _touched(
