@@ -59,3 +59,5 @@ def command(
     if not merge_options.quiet:
         echo(merged.store)
         echo(f"{out_path}: {len(merged.lock.outputs)} files, listed in {FILE_NAME}")
+        if merged.lock.check:
+            echo(f"{out_path}: {merged.lock.check.summary}")

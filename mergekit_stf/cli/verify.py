@@ -31,7 +31,7 @@ def command(
     transformers_cache: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Compare inputs, outputs and versions with OUT/stf.lock.json.
+    """Compare inputs, outputs and versions with OUT/stf.lock.json, and look at all weights.
 
     Exits with 0 when nothing has changed, with 3 when something has. Paths of models are those of
     the recipe: a relative one is taken from the current folder.
@@ -48,6 +48,8 @@ def command(
     inputs = sum(len(model.files) for model in lock.models)
     again = ", and merged again to the same bytes" if rebuild else ""
     echo(f"{out_path}: {inputs} input and {len(lock.outputs)} output files verified{again}")
+    weights = lock.check.summary if lock.check else "all values are finite"
+    echo(f"{out_path}: {weights}")
 
 
 def _rebuilt(

@@ -24,6 +24,7 @@ from mergekit_stf.host.adapter_merge import AdapterMerger
 from mergekit_stf.host.adapter_plan import AdapterPlan, TouchedWeight
 from mergekit_stf.host.adapter_recipe import base_of
 from mergekit_stf.host.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from mergekit_stf.host.finite import rounded
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,8 @@ def _tensors(
     A, B = ("lora_A.weight", "lora_B.weight")
     if embedding:
         A, B = ("lora_embedding_A", "lora_embedding_B")
-    return {
-        f"{PREFIX}{module}.{A}": matrix.right.to(dtype).contiguous(),
-        f"{PREFIX}{module}.{B}": matrix.left.to(dtype).contiguous(),
-    }
+    factors = {f"{PREFIX}{module}.{A}": matrix.right, f"{PREFIX}{module}.{B}": matrix.left}
+    return {name: rounded(name, factor, dtype).contiguous() for name, factor in factors.items()}
 
 
 def _config(plan: AdapterPlan, base: ModelReference, modules: list[Module]) -> LoraConfig:

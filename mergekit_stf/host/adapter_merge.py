@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
@@ -16,10 +15,11 @@ from mergekit_stf.core.lowrank_report import report_of
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.adapter_plan import AdapterPlan, TouchedWeight
 from mergekit_stf.host.adapter_tasks import AdapterTask, Delta, tasks_of
+from mergekit_stf.host.finite import copied, is_finite, rounded
 from mergekit_stf.host.notices import NEAR_DUPLICATE
 from mergekit_stf.host.planned import PlannedWeight
 from mergekit_stf.host.split import parse as parse_split
-from mergekit_stf.host.tasks import check_finite, check_type
+from mergekit_stf.host.tasks import check_type
 
 
 class AdapterMerger:
@@ -30,11 +30,13 @@ class AdapterMerger:
 
     Attributes:
         damped: for each weight whose system was damped, the pairs of near-duplicate adapters.
+        infinite: the weights that were copied from the base with infinite entries.
     """
 
     def __init__(self, plan: AdapterPlan) -> None:
         self.plan = plan
         self.damped: dict[str, list[tuple[str, str]]] = {}
+        self.infinite: list[str] = []
 
     def delta(self, stored: str, base: Callable[[], Tensor]) -> Delta | None:
         """Return what is added to a weight, with lambda in it; None where nothing is.
@@ -71,17 +73,18 @@ class AdapterMerger:
             dtype: the type of the result.
 
         Raises:
-            STFError: the base holds NaN or infinity, or a type that holds no merged weight.
+            STFError: the base holds NaN or infinity, or a type that holds no merged weight, or an
+                entry of the result is too large for its type.
         """
         if delta is None:
-            yield base.to(dtype)
+            tensor = copied(stored, base, dtype, self.plan.base)
+            if not is_finite(tensor):
+                self.infinite.append(stored)
+            yield tensor
             return
         check_type(stored, base.dtype)
         for block in _added(delta, base):
-            # A sum is the quickest look at all entries; one that overflows is looked at again.
-            if not math.isfinite(float(block.sum())):
-                check_finite(stored, [("base_model", base)])
-            yield block.to(dtype)
+            yield rounded(stored, block, dtype, [("base_model", base)])
 
     def _merged(
         self, weight: TouchedWeight, base: Callable[[], Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,12 @@ from mergekit_stf.host.files import write_text
 from mergekit_stf.host.finished import HOST_RECIPE
 from mergekit_stf.host.inputs import input_models
 from mergekit_stf.host.lock import make_lock, write_lock
+from mergekit_stf.host.output_check import OutputCheck, check_output
+from mergekit_stf.host.output_config import settle_files
 from mergekit_stf.host.recipe import Recipe
 from mergekit_stf.host.workspace import Workspace
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def merge_to_model(
 
     def write(merger: AdapterMerger, folder: Path) -> list[Module]:
         write_model(merger, recipe.config, options, folder)
+        settle_files(Path(merger.plan.base.model.path), folder)
         return []
 
     with Workspace(out, force) as work:
@@ -111,13 +117,23 @@ def _merge(
     with diagnostics.recording(folder / diagnostics.FILE_NAME), Digests(inputs) as digests:
         merger = AdapterMerger(plan_adapters(recipe.config, options))
         modules = write(merger, folder)
+        check = None if modules else _check(merger, folder)
         library = "peft" if modules else "transformers"
         written = card(recipe.config, recipe.text, folder.name, library, locked)
         write_text(folder / "README.md", written)
         write_text(folder / HOST_RECIPE, recipe.text)
         if locked:
             found = digests.result()
-            write_lock(make_lock(recipe.text, options, inputs, found, folder, command), folder)
+            lock = make_lock(recipe.text, options, inputs, found, folder, command, check)
+            write_lock(lock, folder)
     work.publish()
     plan = merger.plan
     return AdapterMerge(len(plan.adapters), len(plan.touched), tuple(modules), merger.damped)
+
+
+def _check(merger: AdapterMerger, folder: Path) -> OutputCheck:
+    """Check a model; its values were looked at before they were rounded."""
+    check = check_output(folder, merger.plan.base, infinite=merger.infinite)
+    for notice in check.notices():
+        LOG.warning("%s", notice)
+    return check

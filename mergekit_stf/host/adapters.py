@@ -15,8 +15,8 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.lowrank import LowRank
 from mergekit_stf.host.adapter_config import AdapterConfig, read_config
+from mergekit_stf.host.finite import check_finite
 from mergekit_stf.host.inputs import locate
-from mergekit_stf.host.tasks import check_finite
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -63,7 +63,7 @@ def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
     for model, names in absent_weights(inputs).items():
         raise STFError(
             f"{model}: {len(names)} weights that the merge needs are not in the checkpoint: "
-            f"{_collapsed(names)}. Models of one architecture and size can be merged; save this "
+            f"{collapsed(names)}. Models of one architecture and size can be merged; save this "
             "one again with transformers, or leave it out."
         )
     lost = lost_weights(inputs)
@@ -91,7 +91,7 @@ def absent_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
         kinds: dict[str, list[WeightInfo]] = {}
         for weight in one.planned:
             if one.stored.isdisjoint([*_names(weight), *(weight.tied_names or ())]):
-                kinds.setdefault(_kind(weight.name), []).append(weight)
+                kinds.setdefault(kind_of(weight.name), []).append(weight)
         # The answer is the same in every layer, and slow to find out.
         unfound = [kind for kind in kinds.values() if _unfound(kind[0], one, inputs)]
         absent[one.model] = [weight.name for kind in unfound for weight in kind]
@@ -203,7 +203,7 @@ def _report(lost: dict[ModelReference, list[str]]) -> None:
     (model, names), *others = lost.items()
     message = (
         f"{model}: {len(names)} weights would be missing from the merged model, because mergekit's "
-        f"table of this architecture does not name them: {_collapsed(names)}"
+        f"table of this architecture does not name them: {collapsed(names)}"
         f"{f' (and weights of {len(others)} more inputs)' if others else ''}. Merge with "
         "mergekit-pytorch, which goes by the names in the files, or set "
         f"{ALLOW_LOSS}=1 to do without them."
@@ -213,11 +213,12 @@ def _report(lost: dict[ModelReference, list[str]]) -> None:
     LOG.warning(message)
 
 
-def _collapsed(names: list[str]) -> str:
+def collapsed(names: Iterable[str]) -> str:
     """Name each kind of weight once, its layers as a star and a count."""
-    kinds = Counter(map(_kind, names))
+    kinds = Counter(map(kind_of, names))
     return ", ".join(f"{kind} ({n})" if "*" in kind else kind for kind, n in kinds.items())
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """Return a weight's name with a star for each number, the same in every layer."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -12,6 +12,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import diagnostics, lock
 from mergekit_stf.host.files import read_text
 from mergekit_stf.host.inputs import input_models
+from mergekit_stf.host.output_check import structure_faults, value_faults
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.recipe import check_recipe
 from mergekit_stf.host.weight_files import weight_files
@@ -54,6 +55,16 @@ class Finished:
         if not path.exists():
             raise STFError(f"{self.folder} has neither {lock.FILE_NAME} nor {HOST_RECIPE}")
         return read_text(path)
+
+    def output_check(self) -> tuple[str, list[str]]:
+        """Return what the check of the output found: one line on what holds, and what does not.
+
+        A merge without a check in its lock, as one by ``mergekit-yaml``, is looked at now.
+        """
+        if self._lock is not None and self._lock.check is not None:
+            return self._lock.check.summary, [*self._lock.check.notices()]
+        faults = [*value_faults(self.folder), *structure_faults(self.folder)]
+        return "" if faults else "all parameters are filled and all values are finite", faults
 
     def weights(self) -> list[PlannedWeight]:
         """Plan the merge again.

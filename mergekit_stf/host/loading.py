@@ -7,6 +7,9 @@ splits while it loads. Two names mean the same weight when they end in the same 
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import transformers
@@ -17,7 +20,12 @@ from transformers.initialization import no_init_weights
 
 
 class ParameterNames:
-    """The way from a checkpoint's names to the parameters of one model."""
+    """The way from a checkpoint's names to the parameters of one model.
+
+    Attributes:
+        ties: for each tied parameter the one that holds the weight.
+        embedding: the parameter of the input embedding, None where the class names none.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         transforms = get_model_conversion_mapping(model)
@@ -25,32 +33,68 @@ class ParameterNames:
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._parameters = model.state_dict()
-        self._tied = dict(model.all_tied_weights_keys)
+        self._trained = {name for name, _ in model.named_parameters()}
+        self._computed = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+        self.ties: dict[str, str] = dict(model.all_tied_weights_keys)
+        self.embedding = _embedding_of(model)
 
     def of(self, name: str) -> set[str]:
         """Return the parameters that a stored tensor fills, none if the model has no use for it.
 
         Of tied parameters the one that holds the weight is returned.
         """
-        for renamings, converters in ((self._renamings, self._converters), ([], [])):
-            target, pattern = rename_source_key(
-                name, renamings, converters, self._prefix, self._parameters
-            )
-            if target in self._parameters:
-                return {self._tied.get(name, name) for name in self._targets(target, pattern)}
-        return set()
+        target, pattern = self._found(name)
+        if target is None:
+            return set()
+        return {self.ties.get(name, name) for name in self._targets(target, pattern)}
 
     def __contains__(self, name: str) -> bool:
         """Say whether the model has a parameter of that name, tied ones included."""
         return name in self._parameters
 
+    def parameter(self, name: str) -> str | None:
+        """Return the parameter of a stored tensor, a tied copy too; None if it has no use."""
+        return self._found(name)[0]
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of the parameter that a stored tensor fills as it is.
+
+        None where it fills none, or where transformers fuses, splits or turns it on loading.
+        """
+        target, pattern = self._found(name)
+        if target is None or pattern is not None:
+            return None
+        return tuple(self._parameters[target].shape)
+
+    def fills_parameter(self, name: str) -> bool:
+        """Say whether a stored tensor fills a parameter, and not a buffer or nothing at all."""
+        return not self._trained.isdisjoint(self.of(name))
+
+    def trained(self) -> set[str]:
+        """Return the parameters that a checkpoint must fill.
+
+        Buffers, tied copies and what the class computes itself are none of them.
+        """
+        own = self._trained - self.ties.keys()
+        return {name for name in own if not any(p.search(name) for p in self._computed)}
+
     def stored(self) -> list[str]:
         """Return the parameters that a checkpoint holds: all but tied copies."""
-        return [name for name in self._parameters if name not in self._tied]
+        return [name for name in self._parameters if name not in self.ties]
 
     def tied_to(self, parameter: str) -> list[str]:
         """Return the parameters that share the storage of this one."""
-        return [copy for copy, source in self._tied.items() if source == parameter]
+        return [copy for copy, source in self.ties.items() if source == parameter]
+
+    def _found(self, name: str) -> tuple[str | None, str | None]:
+        """Return the parameter of a stored tensor, and the pattern of the conversion if any."""
+        for renamings, converters in ((self._renamings, self._converters), ([], [])):
+            target, pattern = rename_source_key(
+                name, renamings, converters, self._prefix, self._parameters
+            )
+            if target in self._parameters:
+                return target, pattern
+        return None, None
 
     def _targets(self, target: str, pattern: str | None) -> list[str]:
         """Return every parameter of a conversion, of which transformers names the first."""
@@ -59,6 +103,33 @@ class ParameterNames:
                 first, *others = converter.target_patterns
                 return [target, *(target.replace(first, other, 1) for other in others)]
         return [target]
+
+
+def _embedding_of(model: PreTrainedModel) -> str | None:
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # transformers' answer for models without one input embedding
+        return None
+    return next((name for name, p in model.named_parameters() if p is weight), None)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """A configuration that compares by its text, for the cache."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+
+def parameter_names(config: PretrainedConfig) -> ParameterNames | None:
+    """Return the names of the model that a configuration describes, None as `hollow_model`."""
+    return _parameter_names(_Settings(config.to_json_string(), config))
+
+
+@lru_cache(maxsize=4)
+def _parameter_names(settings: _Settings) -> ParameterNames | None:
+    model = hollow_model(settings.config)
+    return None if model is None else ParameterNames(model)
 
 
 def hollow_model(config: PretrainedConfig) -> PreTrainedModel | None:

@@ -18,6 +18,7 @@ from mergekit_stf.core.precision import instructions
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.files import sha256_of, write_text
 from mergekit_stf.host.inputs import InputModel
+from mergekit_stf.host.output_check import OutputCheck
 
 FILE_NAME = "stf.lock.json"
 ABOUT = (FILE_NAME, diagnostics.FILE_NAME, "stf-report.html")
@@ -70,6 +71,7 @@ class Lock(_Model):
         device: the name of the accelerator, or ``cpu``.
         threads: torch's number of threads.
         machine: system, architecture, Python and the CPU's vector instructions; for the reader.
+        check: what the check of the output found, None for an adapter and for old locks.
     """
 
     format: Literal[1] = 1
@@ -83,6 +85,7 @@ class Lock(_Model):
     threads: int
     machine: dict[str, str]
     outputs: tuple[FileRecord, ...]
+    check: OutputCheck | None = None
 
 
 def make_lock(
@@ -92,6 +95,7 @@ def make_lock(
     digests: dict[Path, str],
     folder: Path,
     command: tuple[str, ...] = ("merge",),
+    check: OutputCheck | None = None,
 ) -> Lock:
     """Return the lock of a finished merge.
 
@@ -102,6 +106,7 @@ def make_lock(
         digests: SHA-256 of each input file.
         folder: the folder of the output.
         command: the subcommand that merged, and the options that only it has.
+        check: what the check of the output found.
     """
     return Lock(
         command=command,
@@ -114,6 +119,7 @@ def make_lock(
         threads=torch.get_num_threads(),
         machine=machine(),
         outputs=tuple(file_record(folder, name) for name in output_names(folder)),
+        check=check,
     )
 
 

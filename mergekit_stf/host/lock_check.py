@@ -18,6 +18,7 @@ from mergekit_stf.host.lock import (
     text_digest,
     versions,
 )
+from mergekit_stf.host.output_check import OutputCheck, structure_faults, value_faults
 from mergekit_stf.host.yaml_text import first_line
 from mergekit_stf.text import printable
 
@@ -38,9 +39,19 @@ def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[
             yield f"version of {name}: merged with {was}, here is {now}"
     for model in lock.models:
         yield from _model_differences(model, cache)
-    yield from (f"output {line}" for line in _file_differences(lock.outputs, folder))
+    changed = list(_file_differences(lock.outputs, folder))
+    yield from (f"output {line}" for line in changed)
     for name in sorted(set(output_names(folder)) - {record.name for record in lock.outputs}):
         yield f"output {name}: not in the lock"
+    if not changed:
+        yield from (f"output {line}" for line in _weight_faults(lock.check, folder))
+
+
+def _weight_faults(check: OutputCheck | None, folder: Path) -> Iterator[str]:
+    """Yield what an output tells alone against the check that it passed, if it passed one."""
+    yield from value_faults(folder, check.infinite if check else ())
+    if check is not None:
+        yield from structure_faults(folder, check.unfilled)
 
 
 def _model_differences(model: ModelRecord, cache: str | None) -> Iterator[str]:

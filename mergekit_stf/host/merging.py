@@ -19,6 +19,8 @@ from mergekit_stf.host.digests import Digests
 from mergekit_stf.host.files import write_text
 from mergekit_stf.host.inputs import InputModel, input_models
 from mergekit_stf.host.lock import Lock, make_lock, write_lock
+from mergekit_stf.host.output_check import check_output
+from mergekit_stf.host.output_config import settle_files
 from mergekit_stf.host.preflight import preflight
 from mergekit_stf.host.recipe import Recipe
 from mergekit_stf.host.store import DEFAULT_SIZE, Store, using
@@ -95,8 +97,12 @@ def merge(
         with using(store), diagnostics.recording(records), Digests(models) as digests:
             _run(config, recipe.text, work.output, _host_options(config, models, options))
             found = digests.result()
+            settle_files(_donor(config, models).folder, work.output)
             with work.settling():
-                lock = make_lock(recipe.text, options, models, found, work.output)
+                check = check_output(work.output, _base(config), _is_sliced(config))
+                lock = make_lock(recipe.text, options, models, found, work.output, check=check)
+        for notice in check.notices():
+            LOG.warning("%s", notice)
         write_lock(lock, work.output)
         work.publish()
         summary = store.summary()
@@ -118,9 +124,23 @@ def _host_options(
 ) -> MergeOptions:
     """Leave to the host only what it can do: its card asks the network and follows hash order."""
     update = {"write_model_card": False}
-    donor = config.base_model or config.referenced_models()[0]
-    (folder,) = {model.folder for model in models if model.reference == str(donor.model)}
-    if options.copy_tokenizer and not any((folder / name).exists() for name in TOKENIZERS):
-        LOG.warning("%s has no tokenizer, so none is written", donor)
+    donor = _donor(config, models)
+    if options.copy_tokenizer and not any((donor.folder / name).exists() for name in TOKENIZERS):
+        LOG.warning("%s has no tokenizer, so none is written", donor.reference)
         update["copy_tokenizer"] = False
     return options.model_copy(update=update)
+
+
+def _donor(config: MergeConfiguration, models: list[InputModel]) -> InputModel:
+    """Return the model from which the host takes the configuration and the tokenizer."""
+    donor = str(_base(config).model)
+    return next(model for model in models if model.reference == donor)
+
+
+def _base(config: MergeConfiguration) -> ModelReference:
+    return config.base_model or config.referenced_models()[0]
+
+
+def _is_sliced(config: MergeConfiguration) -> bool:
+    modules = (config.modules or {}).values()
+    return bool(config.slices or any(module.slices for module in modules))

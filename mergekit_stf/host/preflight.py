@@ -13,6 +13,7 @@ from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.config_differences import config_differences
 from mergekit_stf.host.coverage import check_coverage, unguarded
 from mergekit_stf.host.headers import header_of
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
@@ -42,8 +43,9 @@ def preflight(
             too small.
     """
     check_coverage(config, options)
+    differences = [*config_differences(config, options.trust_remote_code)]
     if config.merge_method != "stf":
-        return []
+        return differences
     with unguarded():
         weights = plan_weights(config, options)
     realigned = bool(
@@ -55,7 +57,7 @@ def preflight(
         raise STFError(f"{problems[0]}{more}")
     _check_disk(weights, folder, store)
     names = [weight.name for weight in weights]
-    return [*_memory_warnings(weights, options), *_idle_filters(config, names)]
+    return [*differences, *_memory_warnings(weights, options), *_idle_filters(config, names)]
 
 
 def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:

@@ -78,21 +78,6 @@ def check_type(name: str, dtype: torch.dtype) -> None:
         )
 
 
-def check_finite(name: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        STFError: with the model and the weight.
-    """
-    for label, x in tensors:
-        if x.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):
-            count = int(x.numel() - torch.isfinite(x).sum())
-            raise STFError(
-                f"{name}: {label} has {count} entries that are NaN or infinite; "
-                "mend that checkpoint or leave the model out"
-            )
-
-
 def deltas(base: Tensor, tasks: Sequence[Task], compute: torch.dtype) -> Iterator[Tensor]:
     """Yield the task matrices ``w_i (P_i - P0)``, trimmed, one at a time (Algorithm 2, 4-5)."""
     reference = base.to(compute)

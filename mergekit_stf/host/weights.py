@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mergekit_stf.core import Report, STFError, superpose
 from mergekit_stf.host import diagnostics, notices, rounding, store
+from mergekit_stf.host.finite import check_finite, copied, rounded
 from mergekit_stf.host.rules import rule_for
 from mergekit_stf.host.split import parse as parse_split
-from mergekit_stf.host.tasks import Task, check_finite, check_type, deltas, ordered, same_bits
+from mergekit_stf.host.tasks import Task, check_type, deltas, ordered, same_bits
 
 REPORTS = TypeAdapter(list[Report])
 """Reads and writes the reports that the store keeps beside a matrix."""
@@ -39,8 +40,9 @@ def merge_weight(
     if not unchanged:
         check_type(name, base.dtype)
     if unchanged or parameters["rule"] == "base":
-        check_values(name, base, tasks)
-        return base.to(out_dtype)
+        if not unchanged:
+            check_finite(name, [(task.label, task.tuned) for task in tasks])
+        return copied(name, base, out_dtype, group.base.id)
     rule = parameters["rule"]
     if rule == "auto":
         rule = rule_for(name, base.shape, group.metadata.vocabulary_axis)
@@ -58,7 +60,7 @@ def merge_weight(
             device=base.device,
             reports=reports,
         )
-    return merged.to(out_dtype)
+    return rounded(name, merged, out_dtype)
 
 
 def merge(
@@ -148,13 +150,12 @@ def shelved(
 
 
 def check_values(name: str, base: Tensor, tasks: Sequence[Task]) -> None:
-    """Refuse inputs with NaN or infinity; types of one byte are not checked.
+    """Refuse inputs with NaN or infinity.
 
     Raises:
         STFError: with the model and the weight.
     """
-    if base.dtype.itemsize > 1:
-        check_finite(name, [("base_model", base), *((t.label, t.tuned) for t in tasks)])
+    check_finite(name, [("base_model", base), *((t.label, t.tuned) for t in tasks)])
 
 
 def superposed(

@@ -478,8 +478,11 @@ def test_small_products_take_one_core(
 ) -> None:
     seen: set[int] = set()
 
+    write = adapter_model.write_shards
+
     def write_shards(*arguments: Any) -> None:
         seen.add(torch.get_num_threads())
+        write(*arguments)
 
     monkeypatch.setattr(adapter_model, "write_shards", write_shards)
     before = torch.get_num_threads()

@@ -37,6 +37,7 @@ class Report:
         preservation: measured weights, possibly a sample.
         labels: short names of the tuned models.
         notices: warnings, the gravest first.
+        output: one line on what holds for the output as a whole.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Report:
     preservation: Sequence[Preservation] = ()
     labels: Sequence[str] = field(default=())
     notices: Sequence[Notice] = field(default=())
+    output: str = ""
 
     @property
     def superposed(self) -> list[Record]:
@@ -57,11 +59,14 @@ def build(
     recipe: str,
     records: Sequence[Record],
     preservation: Sequence[Preservation],
+    output: str = "",
+    faults: Sequence[str] = (),
 ) -> Report:
-    """Assemble a report."""
+    """Assemble a report; ``output`` and ``faults`` are what the check of the output found."""
     labels = short_labels(records[0].models) if records else []
     solved = [record for record in records if record.routes]
-    return Report(title, recipe, records, preservation, labels, [*_notices(solved, labels)])
+    notices = [*map(_fault, faults), *_notices(solved, labels)]
+    return Report(title, recipe, records, preservation, labels, notices, output)
 
 
 def place(name: str) -> tuple[int | None, str]:
@@ -104,6 +109,10 @@ def strongest_cosine(record: Record) -> float | None:
     """Return the largest ``|cosine|`` between two tasks, None where there are no two."""
     pairs = combinations(range(len(record.cosine)), 2)
     return max((abs(record.cosine[i][j]) for i, j in pairs), default=None)
+
+
+def _fault(fault: str) -> Notice:
+    return Notice(f"The output: {fault}.", "docs/safety.md says what is checked and what to do.")
 
 
 def _notices(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Notice]:

@@ -35,7 +35,7 @@ def write_report(
     finished = Finished(out)
     records = finished.records(diagnostics)
     measured = _measure(finished, sample, device, quiet) if sample else []
-    report = build(finished.name, finished.text, records, measured)
+    report = build(finished.name, finished.text, records, measured, *finished.output_check())
     sections = plots(report)
     output = output or out / "stf-report.html"
     figures = output.with_suffix("")
