@@ -26,8 +26,7 @@ def rounded(
 ) -> Tensor:
     """Return a weight in the type in which it is written.
 
-    Rounding is monotonic, so the extreme entries decide; a type of one byte turns what it cannot
-    hold into NaN.
+    Rounding is monotonic, so the extreme entries decide.
 
     Args:
         name: of the weight.
@@ -104,7 +103,9 @@ def _comparable(x: Tensor) -> Tensor:
 
 
 def _holds(dtype: torch.dtype, values: Tensor) -> bool:
-    return bool(torch.isfinite(values.to(dtype).to(torch.float64)).all())
+    """Say whether a type has values within half a step of these; torch may clip to fp8 silently."""
+    info = torch.finfo(dtype)
+    return bool((values.abs().double() <= info.max * (1 + info.eps / 4)).all())
 
 
 def _overflow(largest: float, computed: torch.dtype, dtype: torch.dtype) -> str:
@@ -113,8 +114,9 @@ def _overflow(largest: float, computed: torch.dtype, dtype: torch.dtype) -> str:
     remedy = next((wider for wider in WIDER if _holds(wider, value)), None)
     if remedy is None:
         return (
-            f"merging it overflows {wide} (its largest entry is {largest:g}); "
-            "lower `weight` or `lambda`, or leave out the model with the largest entries"
+            f"merging it overflows {wide} (its largest entry became {largest:g}), because entries "
+            "of the models, or `weight` or `lambda`, are too large; lower these, or leave out the "
+            "model with the largest entries"
         )
     return (
         f"its largest entry is {largest:g}, and {short} ends at {torch.finfo(dtype).max:g}; "

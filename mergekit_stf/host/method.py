@@ -21,11 +21,11 @@ from mergekit.merge_methods.registry import registered_methods
 from torch import Tensor
 
 from mergekit_stf.core import STFError
-from mergekit_stf.host import architectures, coverage
+from mergekit_stf.host import architectures, coverage, saving
 from mergekit_stf.host.parameters import PARAMETERS
 from mergekit_stf.host.weights import merge_weight
 
-NAME = "stf"
+NAME = saving.NAME
 
 
 class SuperposeTaskFeatures(GroupMergeMethod):
@@ -100,8 +100,9 @@ class SuperposeTaskFeatures(GroupMergeMethod):
 
 
 def register() -> None:
-    """Make ``stf`` and our architecture tables known to mergekit; a second call does nothing."""
+    """Make ``stf``, our architecture tables and our check of overflow known to mergekit, once."""
     architectures.register()
+    saving.register()
     if any(method.spec.name == NAME for method in registered_methods()):
         return
     register_with_host(SuperposeTaskFeatures())
