@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 from mergekit.architecture import ModuleArchitecture, WeightInfo
@@ -20,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.loading import ParameterNames, hollow_model
+from mergekit_stf.host.loading import ParameterNames, Settings, hollow_model
 
 
 class ExactArchitecture(ModuleArchitecture):
@@ -129,14 +128,6 @@ def _vocabulary_axes(model: PreTrainedModel) -> dict[str, int]:
     except NotImplementedError:  # transformers' answer for models without one input embedding
         return {}
     return axes
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A configuration that compares by its text, for caches."""
-
-    text: str
-    config: PretrainedConfig = field(compare=False)
 
 
 def _split(config: PretrainedConfig) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:

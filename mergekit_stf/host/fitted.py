@@ -15,8 +15,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.architecture.json_definitions import JsonModuleArchitecture
 from transformers import PretrainedConfig
 
-from mergekit_stf.host.exact import Settings
-from mergekit_stf.host.loading import ParameterNames, hollow_model
+from mergekit_stf.host.loading import ParameterNames, Settings, hollow_model
 
 LOG = logging.getLogger(__name__)
 

@@ -114,8 +114,8 @@ def _embedding_of(model: PreTrainedModel) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """A configuration that compares by its text, for the cache."""
+class Settings:
+    """A configuration that compares by its text, for caches."""
 
     text: str
     config: PretrainedConfig = field(compare=False)
@@ -123,11 +123,11 @@ class _Settings:
 
 def parameter_names(config: PretrainedConfig) -> ParameterNames | None:
     """Return the names of the model that a configuration describes, None as `hollow_model`."""
-    return _parameter_names(_Settings(config.to_json_string(), config))
+    return _parameter_names(Settings(config.to_json_string(), config))
 
 
 @lru_cache(maxsize=4)
-def _parameter_names(settings: _Settings) -> ParameterNames | None:
+def _parameter_names(settings: Settings) -> ParameterNames | None:
     model = hollow_model(settings.config)
     return None if model is None else ParameterNames(model)
 

@@ -11,10 +11,8 @@ import functools
 import json
 import logging
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -22,19 +20,17 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.counts import check_counts
 from mergekit_stf.host.coverage import ALLOW_LOSS, collapsed, kind_of
 from mergekit_stf.host.finite import is_finite
 from mergekit_stf.host.headers import stored_header
 from mergekit_stf.host.loading import ParameterNames, parameter_names
+from mergekit_stf.host.tasks import same_bits
 from mergekit_stf.host.written import Written
 from mergekit_stf.host.yaml_text import first_line
 from mergekit_stf.text import printable
 
 LOG = logging.getLogger(__name__)
-
-REPEATED = 1000
-"""Layers or experts beyond which a configuration counts as damaged: no model has as many, and
-building one without memory takes milliseconds a layer."""
 
 
 class OutputCheck(BaseModel):
@@ -182,6 +178,14 @@ class _Base:
         self.shapes = {name: stored_header(self.loader, name).shape for name in stored}
         self.names = _built(model.config(cache.trust_remote_code), len(self.shapes))
 
+    def unties(self, name: str) -> bool:
+        """Say whether a tensor is a tied parameter's and holds other values than its source's."""
+        names = self.names
+        source = names.ties.get(names.parameter(name) or "") if names else None
+        sources = [other for other in self.shapes if names and names.parameter(other) == source]
+        tensors = [self.loader.get_tensor(one) for one in (name, *sources[:1]) if source]
+        return len(tensors) == 2 and not same_bits(*tensors)
+
     def is_infinite(self, name: str) -> bool:
         """Say whether a tensor holds infinite entries and no NaN."""
         tensor = self.loader.get_tensor(name, raise_on_missing=False)
@@ -204,7 +208,7 @@ def _left_out(
             reasons.setdefault("mergekit's table does not name them", []).append(name)
         elif not targets:
             reasons.setdefault("the model's class has no use for them", []).append(name)
-        elif not targets <= filled:
+        elif not targets <= filled or base.unties(name):
             lost.append(f"{name} of the base is neither written nor merged into another tensor")
     return reasons, lost
 
@@ -246,24 +250,12 @@ def names_of(folder: Path, tensors: int) -> ParameterNames | None:
 
 def _built(settings: PretrainedConfig, tensors: int) -> ParameterNames | None:
     """Build the class of a configuration without memory, or say why that cannot be done."""
-    if any(count > max(REPEATED, tensors) for count in _counts(settings.to_dict())):
-        _say_once(f"a configuration of more than {REPEATED} layers or experts is not built")
-        return None
     try:
+        check_counts(settings.to_dict(), Path(settings.name_or_path), tensors)
         return parameter_names(settings)
     except Exception as error:  # a class may ask for any package or value
         _say_once(f"{settings.architectures} cannot be built: {printable(first_line(error))}")
         return None
-
-
-def _counts(settings: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the numbers of layers and experts in a configuration."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _counts(value)
-        elif re.search(r"(layers?|experts|blocks|depths?)$", str(key)):
-            numbers = value if isinstance(value, list) else [value]
-            yield from (number for number in numbers if isinstance(number, int))
 
 
 @functools.cache

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapter_shards import CODES
 from mergekit_stf.host.headers import Header
+from mergekit_stf.host.weight_files import ADAPTER, MODEL, weight_files
 
-INDEX = ".index.json"
 TYPES = {code: dtype for dtype, code in CODES.items()}
 
 
@@ -35,17 +34,13 @@ class Written:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        self._files = [folder / name for name in weight_files(folder, (*MODEL, *ADAPTER))]
         self.headers: dict[str, Header] = {}
         self._places: dict[str, Path] = {}
         for path in self._files:
             headers = _headers(path)
             self._places.update(dict.fromkeys(headers, path))
             self.headers.update(headers)
-        if not self.headers:
-            raise STFError(f"{folder} holds no weights; merge again")
-        for index in folder.glob(f"*{INDEX}"):
-            self._check_index(index)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,27 +57,14 @@ class Written:
         path = self._places[name]
         return next(tensor for found, tensor in _tensors(path, [name]) if found == name)
 
-    def _check_index(self, index: Path) -> None:
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise STFError(f"{index} is damaged: it maps no weights to files") from error
-        found = {name: path.name for name, path in self._places.items()}
-        if places != found:
-            names = sorted(str(name) for name, _ in set(places.items()) ^ set(found.items()))
-            raise STFError(f"{index} and the files beside it disagree about {names[0]}")
-
 
 def _headers(path: Path) -> dict[str, Header]:
     if path.suffix != ".safetensors":
         hollow = _pickled(path, "meta")
         return {name: Header(tuple(tensor.shape), tensor.dtype) for name, tensor in hollow.items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: _header(path, name, part) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        raise STFError(f"{path} is damaged or truncated ({error})") from error
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: _header(path, name, part) for name, part in parts.items()}
 
 
 def _header(path: Path, name: str, part: Any) -> Header:

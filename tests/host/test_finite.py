@@ -139,17 +139,17 @@ def test_an_infinite_mask_of_the_base_is_copied(
     model = ModelReference(model=ModelPath(path=str(base)))
     mask = torch.tensor([0.0, float("-inf")])
     with caplog.at_level(logging.WARNING):
-        kept = copied("transformer.h.0.attn.masked_bias", mask, torch.float16, model)
-        copied("transformer.h.1.attn.masked_bias", mask, torch.float16, model)
+        kept = copied("transformer.h.0.attn.own_mask", mask, torch.float16, model)
+        copied("transformer.h.1.attn.own_mask", mask, torch.float16, model)
     assert kept.dtype == torch.float16
     assert kept.tolist() == mask.tolist()
     assert [r.message for r in caplog.records] == [
-        "transformer.h.*.attn.masked_bias holds infinite entries in the base and is no parameter; "
+        "transformer.h.*.attn.own_mask holds infinite entries in the base and is no parameter; "
         "it is copied"
     ]
     for name, values in (
         ("transformer.wpe.weight", [0.0, float("-inf")]),
-        ("transformer.h.0.attn.masked_bias", [0.0, float("nan")]),
+        ("transformer.h.0.attn.own_mask", [0.0, float("nan")]),
     ):
         with pytest.raises(STFError, match="base_model has 1 entries that are NaN or infinite"):
             copied(name, torch.tensor(values), torch.float32, model)
