@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +27,7 @@ from transformers import PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapter_copies import check_copies
+from mergekit_stf.host.kinds import collapsed, kind_of
 from mergekit_stf.host.loading import ParameterNames, hollow_model
 from mergekit_stf.host.weight_files import weight_files
 
@@ -211,14 +211,3 @@ def _report(lost: dict[ModelReference, list[str]]) -> None:
     if os.environ.get(ALLOW_LOSS) != "1":
         raise STFError(message)
     LOG.warning(message)
-
-
-def collapsed(names: Iterable[str]) -> str:
-    """Name each kind of weight once, its layers as a star and a count."""
-    kinds = Counter(map(kind_of, names))
-    return ", ".join(f"{kind} ({n})" if "*" in kind else kind for kind, n in kinds.items())
-
-
-def kind_of(name: str) -> str:
-    """Return a weight's name with a star for each number, the same in every layer."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)

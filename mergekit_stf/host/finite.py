@@ -12,7 +12,7 @@ from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.coverage import kind_of
+from mergekit_stf.host.kinds import kind_of
 from mergekit_stf.host.loading import parameter_names
 
 LOG = logging.getLogger("mergekit_stf")

@@ -21,9 +21,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.counts import check_counts
-from mergekit_stf.host.coverage import ALLOW_LOSS, collapsed, kind_of
+from mergekit_stf.host.coverage import ALLOW_LOSS
 from mergekit_stf.host.finite import is_finite
 from mergekit_stf.host.headers import stored_header
+from mergekit_stf.host.kinds import collapsed, kind_of
 from mergekit_stf.host.loading import ParameterNames, parameter_names
 from mergekit_stf.host.tasks import same_bits
 from mergekit_stf.host.written import Written
