@@ -10,14 +10,18 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from mergekit_stf.cli.demo_merging import METHODS
-from mergekit_stf.cli.demo_run import Results, clear, model_losses, run_demo, total_steps
+from mergekit_stf.cli.demo_run import MARK, Results, clear, model_losses, run_demo, total_steps
 from mergekit_stf.cli.demo_training import Settings
+from mergekit_stf.cli.errors import Terminated
+from mergekit_stf.cli.out_folder import OutFolder
 from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.out_folder import out_folder
+from mergekit_stf.host.signals import add_note
 
 
 @click.command("demo")
-@click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default="stf-demo")
+@click.argument("directory", type=OutFolder(), default="stf-demo")
 @click.option("--seed", default=0, show_default=True, help="Of the weights and the text's order.")
 @click.option("--quick", is_flag=True, help="Much smaller models: seconds, and figures to match.")
 @click.option(
@@ -59,14 +63,17 @@ def command(directory: Path, seed: int, quick: bool, measure: Path | None, force
                 bar.update(steps)
 
             results = run_demo(directory, settings, seed, advance)
-    except KeyboardInterrupt:
-        echo(_state(directory), err=True)
+    except (KeyboardInterrupt, Terminated) as error:
+        add_note(error, _state(directory))
         raise
     for line in (*_table(results), "", *_verdict(results), "", *_next_steps(directory)):
         echo(line)
 
 
 def _prepare(directory: Path, force: bool) -> None:
+    directory = out_folder(directory)
+    if directory.exists() and not directory.is_dir():
+        raise STFError(f"{directory} is a file; name a directory")
     if directory.exists() and any(directory.iterdir()):
         if not force:
             raise STFError(
@@ -75,6 +82,7 @@ def _prepare(directory: Path, force: bool) -> None:
             )
         clear(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / MARK).touch()
 
 
 def _state(directory: Path) -> str:
@@ -84,7 +92,7 @@ def _state(directory: Path) -> str:
         if path.suffix != ".partial"
     ]
     return (
-        f"Stopped. Complete in {directory}: {', '.join(made) or 'nothing'}. "
+        f"Complete in {directory}: {', '.join(made) or 'nothing'}. "
         f"`mergekit-stf demo {directory} --force` starts again."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from mergekit_stf.cli.demo_corpus import Split
 from mergekit_stf.cli.demo_merging import METHODS, merge, write_recipe
 from mergekit_stf.cli.demo_models import build_models, load_model
 from mergekit_stf.cli.demo_training import Advance, Settings, bits_per_byte, torch_threads
+from mergekit_stf.core.errors import STFError
 
-OWN_FILES = ("models", "recipes", "merged", "results.json")
+MARK = ".mergekit-stf-demo"
+"""The name of an empty file by which a directory is known to be a demo's."""
 MERGE_STEPS = 60
 """Optimiser steps that take about as long as one merge, for the progress bar."""
 MEASURE_STEPS = 5
@@ -57,13 +60,30 @@ class Results(BaseModel):
 
 
 def clear(root: Path) -> None:
-    """Remove what an earlier demo left in a directory, and nothing else."""
-    for name in OWN_FILES:
-        path = root / name
-        if path.is_dir():
+    """Remove what an earlier demo wrote in a directory, and nothing else.
+
+    Raises:
+        STFError: there is something by a name that the demo needs, and no demo has been here.
+    """
+    found = [path for path in _own_paths(root) if os.path.lexists(path)]
+    if found and not (root / MARK).exists():
+        raise STFError(
+            f"{found[0]} was not written by a demo, so --force leaves it alone; "
+            "name another directory"
+        )
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
+
+
+def _own_paths(root: Path) -> Iterator[Path]:
+    for folder, names in (("models", ("base", *Settings().kinds)), ("merged", tuple(METHODS))):
+        for name in names:
+            yield from (root / folder / name, root / folder / f"{name}.partial")
+    yield from (root / "recipes" / f"{method}.yml" for method in METHODS)
+    yield root / "results.json"
 
 
 def total_steps(settings: Settings) -> int:

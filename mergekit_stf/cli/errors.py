@@ -8,6 +8,7 @@
 4     the system failed: disk full, no permission, out of memory
 70    a fault of ours; set ``MERGEKIT_STF_TRACEBACK=1`` and report what it prints
 130   interrupted with Ctrl-C
+141   who read the output has closed it, as ``| head`` does
 143   ended by SIGTERM
 ====  ==========================================================
 """
@@ -17,16 +18,20 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 import click
 
 from mergekit_stf.cli.terminal import echo
 
-OK, WRONG, DIFFERENT, SYSTEM, FAULT, INTERRUPTED, TERMINATED = 0, 1, 3, 4, 70, 130, 143
+OK, WRONG, DIFFERENT, SYSTEM, FAULT, INTERRUPTED = 0, 1, 3, 4, 70, 130
+UNREAD, TERMINATED = 141, 143
 VARIABLE = "MERGEKIT_STF_TRACEBACK"
+Handler = Callable[[int, "FrameType | None"], None]
+NOTHING = "Nothing was changed; run the same command again."
 
 
 class Terminated(BaseException):
@@ -41,15 +46,17 @@ def one_line() -> Iterator[None]:
             yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except Terminated:
-        raise SystemExit(TERMINATED) from None
+    except (KeyboardInterrupt, Terminated) as error:
+        echo(f"Interrupted. {' '.join(_notes(error)) or NOTHING}", err=True)
+        code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        raise SystemExit(code) from None
+    except BrokenPipeError:
+        raise SystemExit(UNREAD) from None
     except Exception as error:
         if os.environ.get(VARIABLE):
             raise
         code, lines = describe(error)
-        for number, line in enumerate(lines):
+        for number, line in enumerate([*lines, *_notes(error)]):
             echo(line if number else f"Error: {line}", err=True)
         raise SystemExit(code) from None
 
@@ -82,6 +89,11 @@ def _foreign(error: Exception) -> tuple[int, str]:
     return FAULT, f"unexpected {type(error).__name__}: {text}; {hint}"
 
 
+def _notes(error: BaseException) -> list[str]:
+    """Return what those that an exception has passed say about what is kept."""
+    return list(getattr(error, "__notes__", ()))
+
+
 def _is_full(error: Exception, text: str) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text
 
@@ -98,12 +110,40 @@ def _is_of_the_host(error: Exception) -> bool:
 
 
 @contextmanager
-def _sigterm() -> Iterator[None]:
+def ending_at_once() -> Iterator[None]:
+    """End the process on a signal, for a block that changes nothing, such as imports.
+
+    An exception out of a signal handler would not do: what it passes in an import may take it for
+    a missing module, or print it and go on.
+    """
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"Interrupted. {NOTHING}\n".encode())
+        os._exit(128 + number)
+
+    with _handling({signal.SIGINT: handler, signal.SIGTERM: handler}):
+        yield
+
+
+def _sigterm() -> AbstractContextManager[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, handler)
+    return _handling({signal.SIGTERM: handler})
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+    """Handle signals in a block, where that is possible: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] is not signal.SIG_IGN:  # by nohup, or a shell for what runs beside it
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_stf.cli.out_folder import OutFolder
 from mergekit_stf.cli.terminal import echo
 from mergekit_stf.host.adapter_file import total_error
 from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
@@ -16,14 +17,16 @@ from mergekit_stf.host.recipe import load_recipe
 
 @click.command("lora")
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
-@click.argument("out_path", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out_path", metavar="OUT", type=OutFolder())
 @click.option("--adapter", is_flag=True, help="Write one adapter in PEFT's format, not a model.")
 @click.option(
     "--max-rank",
     type=click.IntRange(min=1),
     help="With --adapter: truncate to this rank, and print the error.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+@click.option(
+    "--force", is_flag=True, help="Replace OUT if an earlier merge with a lock file wrote it."
+)
 @click.option(
     "--lock",
     is_flag=True,

@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mergekit_stf import __version__
-from mergekit_stf.cli.errors import one_line
+from mergekit_stf.cli.errors import ending_at_once, one_line
 from mergekit_stf.cli.terminal import guarded
 
 COMMANDS = {
@@ -36,7 +36,9 @@ class LazyGroup(click.Group):
         """Import the module of one subcommand and return its ``command``."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"mergekit_stf.cli.{cmd_name}").command
+        with ending_at_once():
+            module = importlib.import_module(f"mergekit_stf.cli.{cmd_name}")
+        command: click.Command = module.command
         return command
 
     def resolve_command(

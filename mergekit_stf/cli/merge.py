@@ -6,20 +6,19 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli.errors import Terminated
+from mergekit_stf.cli.out_folder import OutFolder
 from mergekit_stf.cli.store_options import add_store_options
 from mergekit_stf.cli.terminal import echo
 from mergekit_stf.host.lock import FILE_NAME
 from mergekit_stf.host.merging import StoreOptions, merge
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe import load_recipe
-from mergekit_stf.host.workspace import Workspace
 
 
 @click.command("merge", cls=PrettyPrintHelp)
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
-@click.argument("out_path", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+@click.argument("out_path", metavar="OUT", type=OutFolder())
+@click.option("--force", is_flag=True, help="Replace OUT if an earlier merge wrote it.")
 @add_store_options
 @click.option(
     "--store",
@@ -46,16 +45,7 @@ def command(
     for warning in recipe.warnings:
         echo(f"Warning: {recipe.source}: {warning}", err=True)
     wanted = StoreOptions(store, store_size, keep_store)
-    try:
-        merged = merge(recipe, out_path, merge_options, wanted, force)
-    except (KeyboardInterrupt, Terminated):
-        folder = store or Workspace.store_of(out_path)
-        echo(
-            f"Interrupted. What is finished lies in {folder}; "
-            "run the same command again to resume.",
-            err=True,
-        )
-        raise
+    merged = merge(recipe, out_path, merge_options, wanted, force)
     if not merge_options.quiet:
         echo(merged.store)
         echo(f"{out_path}: {len(merged.lock.outputs)} files, listed in {FILE_NAME}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,19 @@ import click
 from mergekit_stf.cli._sweep.evaluate import Evaluation, evaluate
 from mergekit_stf.cli._sweep.table import Row, lines, write_best, write_table
 from mergekit_stf.cli.errors import Terminated
+from mergekit_stf.cli.out_folder import OutFolder
 from mergekit_stf.cli.store_options import add_store_options
 from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.grid import Point, parse_values, points, replaced
-from mergekit_stf.host.lock import FILE_NAME, read_lock
+from mergekit_stf.host.lock import FILE_NAME, read_lock, recorded
+from mergekit_stf.host.lock_check import differences
 from mergekit_stf.host.merging import StoreOptions, merge
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit_stf.host.out_folder import out_folder
 from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.host.signals import add_note
+from mergekit_stf.host.store import Store
 
 
 def values_of(
@@ -35,7 +39,7 @@ def values_of(
 
 @click.command("sweep", cls=PrettyPrintHelp)
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=OutFolder())
 @click.option(
     "--lambda",
     "lambdas",
@@ -95,15 +99,12 @@ def command(
         echo(f"Warning: {recipe.source}: {warning}", err=True)
     for name in replaced(recipe, list(values)):
         echo(f"Warning: {name} of single models or layers is replaced by the sweep", err=True)
+    out_folder(out)  # is refused now or never
     store = StoreOptions(out / ".store", store_size)
     evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    try:
-        rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
-    except (KeyboardInterrupt, Terminated):
-        echo("Interrupted. Run the same command again to go on from here.", err=True)
-        raise
+    rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
     if not keep_store:
-        shutil.rmtree(out / ".store", ignore_errors=True)
+        Store(out / ".store").clear()
     _finish(rows, out, evaluation)
 
 
@@ -114,29 +115,49 @@ def _sweep(
     store: StoreOptions,
     evaluation: Evaluation | None,
 ) -> list[Row]:
-    rows = []
-    for number, point in enumerate(grid, start=1):
-        folder = out / point.name
-        started = time.perf_counter()
-        if _is_done(folder, point):
-            state = "is there already"
-        else:
-            merge(point.recipe, folder, options, store)
-            state = f"merged in {time.perf_counter() - started:.1f} s"
-        row = Row(point, folder, evaluate(evaluation, folder)) if evaluation else Row(point, folder)
-        rows.append(row)
-        if not options.quiet:
-            scored = f", score {row.score:g}" if evaluation else ""
-            echo(f"[{number}/{len(grid)}] {folder} {state}{scored}")
+    rows: list[Row] = []
+    try:
+        for point in grid:
+            started = time.perf_counter()
+            state = _merged(point, out / point.name, options, store)
+            seconds = time.perf_counter() - started
+            rows.append(_row(point, out / point.name, evaluation))
+            if not options.quiet:
+                scored = f", score {rows[-1].score:g}" if evaluation else ""
+                took = f" in {seconds:.1f} s" if state == "merged" else ""
+                echo(f"[{len(rows)}/{len(grid)}] {rows[-1].folder} {state}{took}{scored}")
+    except (KeyboardInterrupt, Terminated) as error:
+        add_note(
+            error,
+            f"{len(rows)} of {len(grid)} points are finished in {out}; "
+            "run the same command again to go on from here.",
+        )
+        raise
     return rows
 
 
-def _is_done(folder: Path, point: Point) -> bool:
+def _merged(point: Point, folder: Path, options: MergeOptions, store: StoreOptions) -> str:
+    """Merge a point unless its folder holds just that, and say which it was."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        merge(point.recipe, folder, options, store)
+        return "merged"
     if not (folder / FILE_NAME).exists():
-        return False
-    if read_lock(folder).recipe == point.recipe.text:
-        return True
-    raise STFError(f"{folder} holds a merge of another recipe; remove it, or name another OUT")
+        raise STFError(f"{folder} holds no finished point; remove it, or name another OUT")
+    lock = read_lock(folder)
+    if lock.recipe != point.recipe.text:
+        raise STFError(f"{folder} holds a merge of another recipe; remove it, or name another OUT")
+    if lock.options != recorded(options):
+        raise STFError(f"{folder} was merged with other options; remove it, or name another OUT")
+    for difference in differences(lock, folder, options.transformers_cache):
+        raise STFError(
+            f"{folder} is not what it was when it was merged ({difference}); "
+            "remove it to merge it again, or name another OUT"
+        )
+    return "is there already"
+
+
+def _row(point: Point, folder: Path, evaluation: Evaluation | None) -> Row:
+    return Row(point, folder, evaluate(evaluation, folder)) if evaluation else Row(point, folder)
 
 
 def _finish(rows: Sequence[Row], out: Path, evaluation: Evaluation | None) -> None:

@@ -18,7 +18,7 @@ from mergekit_stf.host.card import card
 from mergekit_stf.host.digests import Digests
 from mergekit_stf.host.files import write_text
 from mergekit_stf.host.finished import HOST_RECIPE
-from mergekit_stf.host.inputs import input_models
+from mergekit_stf.host.inputs import input_models, places
 from mergekit_stf.host.lock import make_lock, write_lock
 from mergekit_stf.host.output_check import OutputCheck, check_output
 from mergekit_stf.host.output_config import settle_files
@@ -55,7 +55,7 @@ def merge_to_model(
         recipe: ``merge_method: stf`` over models ``base+adapter``.
         out: the output directory; it appears when it is complete.
         options: the host's.
-        force: replace an output that is there.
+        force: replace an earlier output.
         locked: write a lock file, which takes reading all inputs and outputs once more.
 
     Raises:
@@ -67,7 +67,7 @@ def merge_to_model(
         settle_files(Path(merger.plan.base.model.path), folder)
         return []
 
-    with Workspace(out, force) as work:
+    with Workspace(out, force, places(recipe, options)) as work:
         return _merge(recipe, options, work, write, ("lora",), locked)
 
 
@@ -88,7 +88,7 @@ def merge_to_adapter(
         out: the output directory; it appears when it is complete.
         options: the host's.
         max_rank: truncate to this rank; without it the rank is the sum of the adapters' ranks.
-        force: replace an output that is there.
+        force: replace an earlier output.
         locked: write a lock file.
 
     Raises:
@@ -99,7 +99,7 @@ def merge_to_adapter(
         return write_adapter(merger, recipe.config, folder, max_rank)
 
     shortened = () if max_rank is None else ("--max-rank", str(max_rank))
-    with Workspace(out, force) as work:
+    with Workspace(out, force, places(recipe, options)) as work:
         return _merge(recipe, options, work, write, ("lora", "--adapter", *shortened), locked)
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.files import pieces
+from mergekit_stf.host.files import pieces, sha256_of
 from mergekit_stf.host.inputs import InputModel
 
 _known: dict[tuple[Path, tuple[int, int, int]], str] = {}
@@ -89,6 +89,18 @@ class Digests:
                 if self._stop.is_set():
                     return
             self._left.popleft()
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, read once in a process while its size, time and inode stay.
+
+    Raises:
+        STFError: the file cannot be read.
+    """
+    before = _identity(path)
+    if (path, before) not in _known:
+        _known[path, before] = sha256_of(path)
+    return _known[path, before]
 
 
 def _finish(steps: Iterator[None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -101,6 +102,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, their names safely on the disk.
+
+    Raises:
+        OSError: it cannot be made, or something else has its name.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
 def sync(path: Path, forget: bool = False) -> None:
     """Force a file's bytes, or a directory's names, to the disk.
 
@@ -108,12 +122,21 @@ def sync(path: Path, forget: bool = False) -> None:
         path: the file or directory.
         forget: also give back the memory in which the system keeps a copy of the bytes, where the
             system can do that, so that the next file need not be written into fresh memory.
+
+    Raises:
+        OSError: a file cannot be synced; of a directory that is no error where the system opens
+            none (Windows) or its file system syncs none (some network ones).
     """
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no directories
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    else:
         if forget and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -14,6 +15,7 @@ from mergekit.options import MergeOptions
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.counts import check_counts
 from mergekit_stf.host.files import check_regular, read_text
+from mergekit_stf.host.recipe import Recipe
 from mergekit_stf.host.weight_files import ADAPTER, MODEL, weight_files
 from mergekit_stf.host.yaml_text import first_line, shown
 from mergekit_stf.text import printable
@@ -60,6 +62,19 @@ def input_models(config: MergeConfiguration, options: MergeOptions) -> list[Inpu
             _check_settings(folder, kind, path in overridden, len(names))
         models.append(_input_model(path, folder, list(held)))
     return sorted(models, key=lambda model: model.reference)
+
+
+def places(recipe: Recipe, options: MergeOptions) -> list[Path]:
+    """Return every place that a merge reads, without asking the network.
+
+    These are the recipe's file, the local models and what links in them point to, and the folder
+    in which hub models are kept.
+    """
+    folders = [Path(path.path) for path in _parts(recipe.config) if os.path.isdir(path.path)]
+    links = [path for folder in folders for path in folder.iterdir() if path.is_symlink()]
+    hub = [Path(options.transformers_cache or HF_HUB_CACHE)]
+    own = [recipe.path] if recipe.path else []
+    return [*own, *folders, *links, *hub * (len(folders) < len(_parts(recipe.config)))]
 
 
 def _parts(config: MergeConfiguration) -> dict[ModelPath, str]:

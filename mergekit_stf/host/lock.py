@@ -112,7 +112,7 @@ def make_lock(
         command=command,
         recipe=recipe,
         recipe_sha256=text_digest(recipe),
-        options=options.model_dump(mode="json", exclude=NOT_RECORDED),
+        options=recorded(options),
         models=tuple(_model_record(model, digests) for model in models),
         versions=versions(),
         device=device_name(options.device or "cpu"),
@@ -121,6 +121,12 @@ def make_lock(
         outputs=tuple(file_record(folder, name) for name in output_names(folder)),
         check=check,
     )
+
+
+def recorded(options: MergeOptions) -> dict[str, Any]:
+    """Return the host's options that can change the output, as a lock holds them."""
+    found: dict[str, Any] = options.model_dump(mode="json", exclude=NOT_RECORDED)
+    return found
 
 
 def write_lock(lock: Lock, folder: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from mergekit.common import ModelPath
 
-from mergekit_stf.host.files import inside, sha256_of
+from mergekit_stf.host.digests import digest_of
+from mergekit_stf.host.files import inside
 from mergekit_stf.host.lock import (
     FILE_NAME,
     FileRecord,
@@ -84,5 +85,5 @@ def _file_differences(
             yield f"{record.name}: missing"
         elif path.stat().st_size != record.size:
             yield f"{record.name}: {path.stat().st_size} bytes, was {record.size}"
-        elif sha256_of(path) != record.sha256:
+        elif digest_of(path) != record.sha256:
             yield f"{record.name}: other bytes"

@@ -17,7 +17,7 @@ from mergekit_stf.host.card import card
 from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.digests import Digests
 from mergekit_stf.host.files import write_text
-from mergekit_stf.host.inputs import InputModel, input_models
+from mergekit_stf.host.inputs import InputModel, input_models, places
 from mergekit_stf.host.lock import Lock, make_lock, write_lock
 from mergekit_stf.host.output_check import check_output
 from mergekit_stf.host.output_config import settle_files
@@ -78,19 +78,20 @@ def merge(
         out: the folder to write.
         options: the host's options.
         store_options: how to keep merged matrices while the merge runs.
-        force: replace an output that is there.
+        force: replace an earlier output.
 
     Raises:
         STFError: whatever is wrong, before or during the merge; ``out`` is then as it was.
     """
     wanted = store_options or StoreOptions()
-    with Workspace(out, force) as work:
+    reads = places(recipe, options)
+    with Workspace(out, force, reads, wanted.folder, wanted.keep) as work:
         config = OrderedConfiguration.model_validate(dict(recipe.config))
         models = input_models(config, options)
         if options.lora_merge_cache is None:
             options = options.model_copy(update={"lora_merge_cache": str(work.adapters)})
         copy_adapters(config, options, Path(options.lora_merge_cache or work.adapters))
-        store = Store(wanted.folder or work.store, wanted.size)
+        store = Store(work.store, wanted.size)
         for warning in preflight(config, options, work.folder, store):
             LOG.warning("%s", warning)
         records = work.output / diagnostics.FILE_NAME
@@ -106,8 +107,6 @@ def merge(
         write_lock(lock, work.output)
         work.publish()
         summary = store.summary()
-        if not (wanted.keep or wanted.folder):
-            store.clear()
     return Merged(lock, summary)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class Recipe:
         text: the recipe as it was written.
         source: where it came from, for messages.
         warnings: what is legal but probably not meant, one line each.
+        path: the file that it was read from, None for a text.
     """
 
     config: MergeConfiguration
     text: str
     source: str = "recipe"
     warnings: tuple[str, ...] = ()
+    path: Path | None = None
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -45,7 +47,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         STFError: the file cannot be read, or `check_recipe` finds a problem in it.
     """
-    return check_recipe(read_text(Path(path)), source=str(path))
+    return replace(check_recipe(read_text(Path(path)), source=str(path)), path=Path(path))
 
 
 def check_recipe(text: str, source: str = "recipe") -> Recipe:

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.files import make_folder
 from mergekit_stf.host.store_entry import (
     HEADER,
     PARTIAL,
@@ -65,7 +66,7 @@ class Store:
         self._lock = threading.Lock()
         self._writer: Writer | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise STFError(f"cannot make the store {folder}: {error.strerror}") from error
         self._remove_partial(age=DAY)

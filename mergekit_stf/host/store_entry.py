@@ -49,6 +49,7 @@ def write_entry(path: Path, key: str, matrix: torch.Tensor, note: str) -> None:
         save_file({"M": matrix}, temporary, metadata)
         sync(temporary, forget=True)
         temporary.replace(path)
+    sync(path.parent)
 
 
 def read_entry(path: Path, key: str) -> tuple[torch.Tensor, str]:
