@@ -31,7 +31,7 @@ OK, WRONG, DIFFERENT, SYSTEM, FAULT, INTERRUPTED = 0, 1, 3, 4, 70, 130
 UNREAD, TERMINATED = 141, 143
 VARIABLE = "MERGEKIT_STF_TRACEBACK"
 Handler = Callable[[int, "FrameType | None"], None]
-NOTHING = "Nothing was changed; run the same command again."
+NOTHING = "Nothing is left half done; run the same command again."
 
 
 class Terminated(BaseException):

@@ -42,10 +42,10 @@ def check_free(out: Path, force: bool, reads: Iterable[Path] = ()) -> None:
     Raises:
         STFError: something is there that must stay.
     """
-    if not out.exists():
+    if not os.path.lexists(out):
         return
-    if not out.is_dir():
-        raise STFError(f"{out} is a file; name a folder")
+    if out.is_symlink() or not out.is_dir():
+        raise STFError(f"{out} is a {'link' if out.is_symlink() else 'file'}; name a folder")
     if _is_mount_point(out):
         raise STFError(f"{out} is a mount point and cannot be replaced; name a folder below it")
     for place, what in ((Path.cwd(), "the current folder"), (_home(), "your home folder")):

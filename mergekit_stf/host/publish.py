@@ -16,7 +16,7 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP}
 """What a file system, a kernel or a container's filter answers when it knows no exchange."""
 
 
-def put(new: Path, out: Path, aside: Path) -> Path | None:
+def put(new: Path, out: Path, aside: Path, replace: bool) -> Path | None:
     """Put the folder ``new`` at ``out``, in one step where the system has one.
 
     Where it has none and ``out`` holds something, that is moved to ``aside`` first, and back when
@@ -27,6 +27,7 @@ def put(new: Path, out: Path, aside: Path) -> Path | None:
         new: the finished folder.
         out: where it belongs, on the same file system.
         aside: a name there that is free.
+        replace: what is at ``out`` makes way; otherwise an empty folder alone does.
 
     Returns:
         Where the folder lies that was at ``out``; None if there was none, or an empty one.
@@ -35,7 +36,7 @@ def put(new: Path, out: Path, aside: Path) -> Path | None:
         OSError: ``new`` could not take its place; it lies where it was, and so does what was at
             ``out``.
     """
-    if is_free(out):
+    if not replace or is_free(out):
         if os.name == "nt":  # where a folder replaces none, an empty one neither
             with suppress(FileNotFoundError):
                 out.rmdir()

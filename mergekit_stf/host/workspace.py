@@ -115,7 +115,7 @@ class Workspace:
         with uninterrupted():
             try:
                 self._check_free()
-                old = put(self.output, self.out, self._old)
+                old = put(self.output, self.out, self._old, self._force)
             except (STFError, OSError) as error:
                 raise self._left_beside(error) from error
             self._finished = self.out
@@ -133,11 +133,12 @@ class Workspace:
         try:
             with uninterrupted():
                 self._clean()
-        except BaseException as late:
+                if error is not None:
+                    self._note(error)
+        except BaseException as late:  # the user is in a hurry
+            self._clean()
             self._note(late)
             raise
-        if error is not None:
-            self._note(error)
 
     def _check_free(self) -> None:
         check_free(self.out, self._force, self._reads)
@@ -172,7 +173,7 @@ class Workspace:
         if not self._old.exists():
             return
         if is_free(self.out):
-            put(self._old, self.out, self.output)
+            put(self._old, self.out, self.output, replace=False)
         else:
             place = put_beside(self._old, self.out, "old")
             LOG.warning("a killed merge has replaced the output that now lies in %s", place)

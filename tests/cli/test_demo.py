@@ -223,16 +223,30 @@ def stopped_while_merging(root: Path, method: str) -> Path:
 def test_interrupt_says_what_is_complete_and_force_keeps_other_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "models" / "old").mkdir(parents=True)
+    for name in ("notes.txt", "models/old", "models/base.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
     monkeypatch.setattr(demo.Settings, "tiny", lambda: SHORT)
     monkeypatch.setattr(demo_run, "merge", stopped_while_merging)
+    for _ in range(2):
+        result = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick", "--force"])
+        assert result.exit_code == INTERRUPTED
+        (line,) = (line for line in result.stderr.splitlines() if "Interrupted. " in line)
+        assert "models/base, models/base.py, models/old, models/prose, models/unicode." in line
+        assert f"mergekit-stf demo {tmp_path} --force" in line
+        for name in ("notes.txt", "models/old", "models/base.py"):
+            assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["models/base", "merged/stf", "results.json"])
+def test_force_replaces_nothing_that_no_demo_wrote(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
     result = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick", "--force"])
-    assert result.exit_code == INTERRUPTED
-    assert "models/base, models/prose, models/unicode." in result.stderr
-    assert f"mergekit-stf demo {tmp_path} --force" in result.stderr
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "models" / "old").exists()
+    assert result.exit_code == WRONG
+    assert f"{name} was not written by a demo, so --force leaves it alone" in result.stderr
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
 def test_a_failed_merge_shows_what_mergekit_said(tmp_path: Path) -> None:

@@ -92,13 +92,19 @@ def test_mistakes_are_one_line(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_force_replaces_and_quiet_says_nothing(config: Path, tmp_path: Path) -> None:
+def test_force_replaces_an_earlier_output_and_quiet_says_nothing(
+    config: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    result = run(config, out, "--adapter", "--force", "--quiet")
+    assert run(config, out, "--adapter", "--lock", "--quiet").exit_code == 0
+    result = run(config, out, "--lock", "--force", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
-    assert not (out / "old").exists()
+    assert not list(out.glob("adapter*"))
+    (out / "old").touch()
+    assert "holds old, which" in run(config, out, "--force").output
+    (out / "stf.lock.json").unlink()
+    assert "is not known to be an earlier output" in run(config, out, "--force").output
+    assert (out / "old").exists()
 
 
 def test_damped_weights_are_said_aloud(config: Path, tmp_path: Path) -> None:

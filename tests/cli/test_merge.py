@@ -20,6 +20,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_stf.cli.main import main
+from mergekit_stf.host import merging
+from mergekit_stf.host.lock import file_record, output_names, read_lock, write_lock
 from mergekit_stf.host.merging import OrderedConfiguration
 from mergekit_stf.host.store import active
 from tests.host.models import Checkpoints, lay_out, save_family
@@ -119,11 +121,77 @@ def test_an_output_is_not_overwritten_unless_told(recipe: Path, tmp_path: Path) 
     )
     recipe.write_text(recipe.read_text() + "parameters: {lambda: 0.1}\n")
     (out / "extra").touch()
+    assert "out holds extra, which" in refused(merge(recipe, out, "--force"))
+    (out / "extra").unlink()
     assert merge(recipe, out, "--force").exit_code == 0
     assert (out / "model.safetensors").read_bytes() != before
-    assert not (out / "extra").exists()
     (tmp_path / "file").touch()
     assert refused(merge(recipe, tmp_path / "file", "--force")).endswith("is a file; name a folder")
+
+
+def test_an_empty_output_is_an_error(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for name, command in (("merge", []), ("lora", []), ("sweep", ["--lambda", "1"]), ("demo", [])):
+        files = [str(recipe)] * (name != "demo")
+        force = ["--force"] * (name != "sweep")
+        result = CliRunner().invoke(main, [name, *files, "", *command, *force])
+        assert result.exit_code == 2, (name, result.output)
+        assert "it is empty; a variable of the shell may not be set" in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["base", "tuned", "models", "recipe", "linked file"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_force_replaces_nothing_that_the_merge_reads(
+    models: Checkpoints, recipe: Path, tmp_path: Path, place: str, lora: bool
+) -> None:
+    """Each of these folders is made to look like an earlier output."""
+    earlier = tmp_path / "earlier"
+    assert merge(recipe, earlier).exit_code == 0
+    out = {"base": models.base, "tuned": models.tuned[1], "models": models.base.parent}.get(place)
+    if place == "recipe":
+        out, recipe = earlier, earlier / "mergekit_config.yml"
+    elif place == "linked file":
+        out = earlier
+        (models.base / "model.safetensors").unlink()
+        (models.base / "model.safetensors").symlink_to(earlier / "model.safetensors")
+    assert out is not None
+    if out != earlier:
+        settle_lock(earlier, out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    command = "lora" if lora else "merge"
+    line = refused(CliRunner().invoke(main, [command, str(recipe), str(out), "--force"]))
+    assert line.startswith(f"{out} ")
+    assert line.endswith("which this merge uses; name another folder")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def settle_lock(earlier: Path, folder: Path) -> None:
+    """Make a lock that names all files of a folder."""
+    lock = read_lock(earlier)
+    outputs = tuple(file_record(folder, name) for name in output_names(folder))
+    write_lock(lock.model_copy(update={"outputs": outputs}), folder)
+
+
+def test_what_appears_at_the_output_while_a_merge_runs_is_kept(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def while_merging(*arguments: object) -> None:
+        out.mkdir()
+        (out / "precious").write_text("written by somebody else")
+        run_merge(*arguments)
+
+    monkeypatch.setattr(merging, "run_merge", while_merging)
+    line = refused(merge(recipe, out))
+    assert line.startswith(f"the finished output lies in {out}.new: {out} is there already")
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    assert CliRunner().invoke(main, ["verify", f"{out}.new"]).exit_code == 0
+    assert not (tmp_path / "out.stf-work").exists()
 
 
 def test_a_failure_leaves_the_old_output_alone(

@@ -110,6 +110,73 @@ def test_a_point_that_is_there_is_not_merged_again(recipe: Path, tmp_path: Path)
     assert "holds a merge of another recipe" in failed.stderr
 
 
+def test_a_finished_point_that_changed_is_noticed(tmp_path: Path) -> None:
+    models = tiny_models(tmp_path / "models")
+    recipe, out = write_recipe(tmp_path / "recipe.yml", models), tmp_path / "out"
+    sweep = ("sweep", recipe, out, "--lambda", "0.5,0.6")
+    assert run(*sweep, "--quiet").exit_code == 0
+    for path, what in (
+        (out / "lambda-0.6" / "model.safetensors", "output model.safetensors: other bytes"),
+        (models.tuned[1] / "model.safetensors", "model.safetensors: other bytes"),
+        (out / "lambda-0.5" / "config.json", "output config.json: other bytes"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        failed = run(*sweep)
+        assert failed.exit_code == 1, failed.output
+        assert what in failed.stderr
+        assert "remove it to merge it again" in failed.stderr
+        path.write_bytes(before)
+        assert run(*sweep).exit_code == 0
+    (out / "lambda-0.5" / "config.json").unlink()
+    assert "output config.json: missing" in run(*sweep).stderr
+
+
+def test_a_point_of_other_options_is_noticed(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("sweep", recipe, out, "--lambda", "0.5", "--quiet").exit_code == 0
+    failed = run("sweep", recipe, out, "--lambda", "0.5", "--out-shard-size", "1M")
+    assert failed.exit_code == 1
+    assert "was merged with other options; remove it" in failed.stderr
+
+
+@pytest.mark.parametrize("broken", ["nothing", "no lock"])
+def test_a_folder_in_the_way_proposes_no_option_that_sweep_lacks(
+    recipe: Path, tmp_path: Path, broken: str
+) -> None:
+    point = tmp_path / "out" / "lambda-0.5"
+    point.mkdir(parents=True)
+    if broken == "no lock":
+        (point / "thesis").touch()
+    done = run("sweep", recipe, tmp_path / "out", "--lambda", "0.5", "--quiet")
+    assert done.exit_code == (broken == "no lock"), done.output
+    assert "--force" not in done.output
+    if broken == "no lock":
+        assert "lambda-0.5 holds no finished point; remove it, or name another OUT" in done.stderr
+        assert (point / "thesis").exists()
+
+
+def test_a_folder_of_the_users_by_the_stores_name_stays(recipe: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "out" / ".store" / "thesis"
+    thesis.parent.mkdir(parents=True)
+    thesis.touch()
+    assert run("sweep", recipe, tmp_path / "out", "--lambda", "0.5", "--quiet").exit_code == 0
+    assert list(thesis.parent.iterdir()) == [thesis]
+
+
+@pytest.mark.parametrize("name", ["dangling", "~/out"])
+def test_a_sweep_cannot_go_anywhere(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    failed = run("sweep", recipe, name, "--lambda", "0.5")
+    assert failed.exit_code == 1
+    assert name in failed.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_an_evaluation_finds_the_best_point(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("sweep", recipe, out, "--lambda", "0.5,0.75", "--eval", SIZE, "--quiet")

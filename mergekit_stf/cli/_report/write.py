@@ -12,6 +12,7 @@ from mergekit_stf.cli._report.page import render
 from mergekit_stf.cli._report.plots import plots
 from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.files import replacing, write_text
 from mergekit_stf.host.finished import Finished
 from mergekit_stf.host.preservation import Preservation, measure
 
@@ -41,9 +42,10 @@ def write_report(
     figures = output.with_suffix("")
     try:
         figures.mkdir(parents=True, exist_ok=True)
-        output.write_text(render(report, sections), encoding="utf-8")
         for plot in (plot for drawn in sections.values() for plot in drawn):
-            (figures / f"{plot.name}.png").write_bytes(plot.light)
+            with replacing(figures / f"{plot.name}.png") as temporary:
+                temporary.write_bytes(plot.light)
+        write_text(output, render(report, sections))
     except OSError as error:
         raise STFError(f"cannot write the report {output}: {error.strerror}") from error
     yield f"{output}: {len(records)} weights, {len(report.notices)} warnings"
