@@ -13,6 +13,8 @@ from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.cli.terminal import echo, echo_json
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapter_copies import copy_adapters, plan_adapters_as_bases
+from mergekit_stf.host.all_weights import check_quantised
+from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.estimate import Estimate, by_rule, estimate
 from mergekit_stf.host.inputs import input_models
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -128,13 +130,15 @@ def make_plan(config_file: Path, out: Path, options: MergeOptions, sample: int) 
         raise STFError(f"{config_file}: merge_method is {recipe.config.merge_method!r}, not 'stf'")
     folder = _existing(out.absolute().parent)
     input_models(recipe.config, options)
+    check_quantised(recipe.config, options)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".stf-plan-") as scratch:
         if sample:
             copy_adapters(recipe.config, options, Path(options.lora_merge_cache or scratch))
         else:
             plan_adapters_as_bases(recipe.config, options)
         checks = preflight(recipe.config, options, folder, Store(Path(scratch) / "store"))
-        weights = plan_weights(recipe.config, options)
+        with unguarded():  # the preflight has checked it
+            weights = plan_weights(recipe.config, options)
         estimated = estimate(weights, options, Path(scratch))
         probed = probe(_sampled(weights, sample)) if sample else None
     return Plan(

@@ -17,27 +17,10 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.headers import Header
+from mergekit_stf.host.headers import DTYPES, Header
 from mergekit_stf.host.tasks import content_of
 
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
 SYNCED = 2**24
 """Bytes after which the disk is asked to take what has been written."""

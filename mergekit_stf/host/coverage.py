@@ -16,8 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
-from mergekit.architecture.base import ConfiguredModelArchitecture
+from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
@@ -27,8 +26,10 @@ from transformers import PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapter_copies import check_copies
+from mergekit_stf.host.all_weights import architecture_of
 from mergekit_stf.host.kinds import collapsed, kind_of
 from mergekit_stf.host.loading import ParameterNames, hollow_model
+from mergekit_stf.host.unused import listed_weights
 from mergekit_stf.host.weight_files import weight_files
 
 ALLOW_LOSS = "MERGEKIT_STF_ALLOW_LOSS"
@@ -49,17 +50,20 @@ class Input:
     planned: list[WeightInfo]
 
 
-def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
+def check_coverage(config: MergeConfiguration, options: MergeOptions) -> list[str]:
     """Refuse a merge whose output would lack weights of its inputs, or whose inputs lack some.
 
     Layers that ``slices`` leave out are left out on purpose and count as covered; a module that
     a ``modules`` recipe does not name is not.
 
+    Returns:
+        What becomes of tensors for which the base's class has no use, if there are any.
+
     Raises:
         STFError: with the model, the names of the weights and the ways out.
     """
-    LoaderCache().setup(options=options)
-    inputs = _read(config, options)
+    architecture, unused = architecture_of(config, options)
+    inputs = _read(config, options, architecture)
     for model, names in absent_weights(inputs).items():
         raise STFError(
             f"{model}: {len(names)} weights that the merge needs are not in the checkpoint: "
@@ -69,6 +73,7 @@ def check_coverage(config: MergeConfiguration, options: MergeOptions) -> None:
     lost = lost_weights(inputs)
     if lost:
         _report(lost)
+    return [line] if (line := unused.warning()) else []
 
 
 def lost_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
@@ -146,29 +151,18 @@ def unguarded() -> Iterator[None]:
         _guarding.reset(token)
 
 
-def _read(config: MergeConfiguration, options: MergeOptions) -> list[Input]:
+def _read(
+    config: MergeConfiguration, options: MergeOptions, architecture: ModelArchitecture
+) -> list[Input]:
     """Read configurations and headers of all inputs, the base first."""
-    architecture = get_architecture_info(config, options)
     chosen = {name: architecture.modules[name] for name in config.modules or architecture.modules}
     partial = architecture.model_copy(update={"modules": chosen})
     inputs = []
     for model in sorted(config.referenced_models(), key=lambda m: (m != config.base_model, str(m))):
         settings = model.config(trust_remote_code=options.trust_remote_code)
         stored = set(LoaderCache().get(model).index.tensor_paths)
-        inputs.append(Input(model, settings, stored, _planned(partial, settings)))
+        inputs.append(Input(model, settings, stored, listed_weights(partial, settings)))
     return inputs
-
-
-def _planned(architecture: ModelArchitecture, settings: PretrainedConfig) -> list[WeightInfo]:
-    """Return what the host's planner looks for: the lists that are the same for every input."""
-    configured = ConfiguredModelArchitecture(info=architecture, config=settings)
-    planned: list[WeightInfo] = []
-    for module in map(configured.get_module, architecture.modules):
-        planned += module.pre_weights()
-        for index in range(module.num_layers()):
-            planned += module.layer_weights(index)
-        planned += module.post_weights()
-    return planned
 
 
 def _names(weight: WeightInfo) -> list[str]:

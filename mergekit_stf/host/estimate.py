@@ -18,7 +18,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.gram import blocks_size
 from mergekit_stf.core.threads import workspace
 from mergekit_stf.host.calibrate import kind_of, measure_kinds
-from mergekit_stf.host.headers import header_of
+from mergekit_stf.host.headers import header_if_any
 from mergekit_stf.host.planned import PlannedWeight
 from mergekit_stf.host.record_numbers import peak_rss
 
@@ -107,8 +107,12 @@ def _matrix_bytes(weight: PlannedWeight) -> int:
 
 
 def _input_bytes(weights: Sequence[PlannedWeight]) -> int:
-    headers = (header_of(load) for weight in weights for load in weight.loads.values())
-    return sum(torch.Size(header.shape).numel() * header.dtype.itemsize for header in headers)
+    headers = (header_if_any(load) for weight in weights for load in weight.loads.values())
+    return sum(
+        torch.Size(header.shape).numel() * header.dtype.itemsize
+        for header in headers
+        if header is not None
+    )
 
 
 def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:

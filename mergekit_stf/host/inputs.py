@@ -16,7 +16,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.counts import check_counts
 from mergekit_stf.host.files import check_regular, read_text
 from mergekit_stf.host.recipe import Recipe
-from mergekit_stf.host.weight_files import ADAPTER, MODEL, weight_files
+from mergekit_stf.host.weight_files import ADAPTER, MODEL, gguf_problem, weight_files
 from mergekit_stf.host.yaml_text import first_line, shown
 from mergekit_stf.text import printable
 
@@ -130,6 +130,8 @@ def locate(path: ModelPath, cache: str | None) -> Path:
     """Return the folder of a model; a hub model is fetched unless it is in the cache."""
     if os.path.isdir(path.path):
         return Path(path.path)
+    if path.path.endswith(".gguf") and os.path.isfile(path.path):
+        raise STFError(gguf_problem(Path(path.path)))
     try:
         return Path(ModelReference(model=path).local_path(cache_dir=cache))
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.adapter_copies import copy_adapters
+from mergekit_stf.host.all_weights import check_quantised, our_merge
 from mergekit_stf.host.card import card
 from mergekit_stf.host.coverage import unguarded
 from mergekit_stf.host.digests import Digests
@@ -90,6 +91,7 @@ def merge(
         models = input_models(config, options)
         if options.lora_merge_cache is None:
             options = options.model_copy(update={"lora_merge_cache": str(work.adapters)})
+        check_quantised(config, options)
         copy_adapters(config, options, Path(options.lora_merge_cache or work.adapters))
         store = Store(work.store, wanted.size)
         for warning in preflight(config, options, work.folder, store):
@@ -112,7 +114,7 @@ def merge(
 
 def _run(config: MergeConfiguration, text: str, output: Path, options: MergeOptions) -> None:
     written = card(config, text, output.name)
-    with unguarded():  # the preflight has checked it
+    with unguarded(), our_merge():  # the preflight has checked it
         run_merge(config.model_copy(deep=True), str(output), options, text)
     write_text(output / "mergekit_config.yml", text)
     write_text(output / "README.md", written)

@@ -21,7 +21,7 @@ from mergekit.merge_methods.registry import registered_methods
 from torch import Tensor
 
 from mergekit_stf.core import STFError
-from mergekit_stf.host import architectures, coverage, saving
+from mergekit_stf.host import all_weights, architectures, coverage, saving
 from mergekit_stf.host.parameters import PARAMETERS
 from mergekit_stf.host.weights import merge_weight
 
@@ -102,6 +102,7 @@ class SuperposeTaskFeatures(GroupMergeMethod):
 def register() -> None:
     """Make ``stf``, our architecture tables and our check of overflow known to mergekit, once."""
     architectures.register()
+    all_weights.install()
     saving.register()
     if any(method.spec.name == NAME for method in registered_methods()):
         return

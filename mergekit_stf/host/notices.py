@@ -31,6 +31,12 @@ def ignored(parameters: Mapping[str, Any]) -> None:
 
 
 @functools.cache
+def once(message: str) -> None:
+    """Say something the first time that this process has it to say."""
+    LOG.warning("%s", message)
+
+
+@functools.cache
 def _ignored_once(name: str, value: str) -> None:
     LOG.warning("stf has no use for `%s: %s` and ignores it; remove the line", name, value)
 

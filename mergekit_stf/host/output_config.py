@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from mergekit_stf.host.files import write_text
 from mergekit_stf.host.loading import ParameterNames
 from mergekit_stf.host.output_check import names_of
+from mergekit_stf.host.quantised import KEYS
 from mergekit_stf.host.tasks import same_bits
 from mergekit_stf.host.written import Written
 
@@ -51,7 +52,7 @@ def settle_files(base: Path, folder: Path) -> None:
     _copy_companions(base, folder)
     written = Written(folder)
     _set_dtype(settings, written)
-    _drop_quantization(settings, written)
+    _drop_quantization(settings)
     names = names_of(folder, len(written.headers))
     if names is not None:
         place = _text_settings(folder, settings)
@@ -93,12 +94,11 @@ def _set_dtype(settings: Settings, written: Written) -> None:
         part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
 
 
-def _drop_quantization(settings: Settings, written: Written) -> None:
-    """Say nothing of a quantisation that the weights do not have any more."""
-    types = {header.dtype for header in written.headers.values()}
-    if all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in types):
-        for part in _parts(settings):
-            part.pop("quantization_config", None)
+def _drop_quantization(settings: Settings) -> None:
+    """Say nothing of a quantisation: weights are dequantised on read, or the model is refused."""
+    for part in _parts(settings):
+        for key in KEYS:
+            part.pop(key, None)
 
 
 def _set_vocabulary(place: Settings, names: ParameterNames, written: Written) -> None:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, SaveTensor
+from mergekit.io.tasks import GatherTensors, LoadTensor, SaveTensor
 from mergekit.merge import _model_out_config
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_stf.host.all_weights import architecture_of
 from mergekit_stf.host.headers import Header, header_of
 from mergekit_stf.host.rules import Rule, rule_for
 from mergekit_stf.host.split import parse as parse_split
@@ -95,8 +95,7 @@ def plan_weights(config: MergeConfiguration, options: MergeOptions) -> list[Plan
         RuntimeError: what the host's planner raises on models that do not fit together.
     """
     config = config.model_copy(deep=True)
-    architecture = get_architecture_info(config, options)
-    LoaderCache().setup(options=options)
+    architecture, _ = architecture_of(config, options)
     out_config = _model_out_config(
         config, architecture, trust_remote_code=options.trust_remote_code
     )

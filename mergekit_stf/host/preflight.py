@@ -9,13 +9,12 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.config_differences import config_differences
 from mergekit_stf.host.coverage import check_coverage, unguarded
-from mergekit_stf.host.headers import header_of
+from mergekit_stf.host.headers import header_if_any
 from mergekit_stf.host.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.recipe_parameters import filters
 from mergekit_stf.host.store import Store
@@ -42,10 +41,10 @@ def preflight(
         STFError: a tensor is missing or of another shape, a weight would be lost, or the disk is
             too small.
     """
-    check_coverage(config, options)
-    differences = [*config_differences(config, options.trust_remote_code)]
+    warnings = check_coverage(config, options)
+    warnings += config_differences(config, options.trust_remote_code)
     if config.merge_method != "stf":
-        return differences
+        return warnings
     with unguarded():
         weights = plan_weights(config, options)
     realigned = bool(
@@ -57,16 +56,17 @@ def preflight(
         raise STFError(f"{problems[0]}{more}")
     _check_disk(weights, folder, store)
     names = [weight.name for weight in weights]
-    return [*differences, *_memory_warnings(weights, options), *_idle_filters(config, names)]
+    return [*warnings, *_memory_warnings(weights, options), *_idle_filters(config, names)]
 
 
 def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:
     """Compare with the base; where a vocabulary is realigned, one axis may differ."""
     expected = weight.header.shape
     for model in weight.models:
-        shape = _shape(weight.loads[model])
-        if shape is None or shape == expected:
+        header = header_if_any(weight.loads[model])
+        if header is None or header.shape == expected:
             continue
+        shape = header.shape
         axes = [axis for axis, (a, b) in enumerate(zip(shape, expected, strict=False)) if a != b]
         one = axes[0] if len(shape) == len(expected) and len(axes) == 1 else None
         if one is not None and realigned:
@@ -82,15 +82,6 @@ def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:
                 f"{weight.name}: {model} has shape {shape}, the base has {expected}; "
                 "only models of one architecture and size can be merged"
             )
-
-
-def _shape(load: LoadTensor) -> tuple[int, ...] | None:
-    try:
-        return header_of(load).shape
-    except STFError:
-        if load.optional:
-            return None
-        raise
 
 
 def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store) -> None:

@@ -74,7 +74,10 @@ class _Sums:
 
     def add(self, weight: PlannedWeight) -> None:
         """Read one weight of every model."""
-        stored = [_stored(weight, model) for model in (weight.base, *weight.models)]
+        found = [_stored(weight, model) for model in (weight.base, *weight.models)]
+        stored = [tensor for tensor in found if tensor is not None]
+        if len(stored) < len(found):
+            return  # an optional weight that not every model has
         base = stored[0]
         rounded = base.to(weight.dtype).double()
         flat = []
@@ -123,11 +126,9 @@ def probe(weights: Sequence[PlannedWeight]) -> Probe:
     return Probe(sampled=len(weights), models=models, pairs=pairs, warnings=warnings)
 
 
-def _stored(weight: PlannedWeight, model: ModelReference) -> torch.Tensor:
+def _stored(weight: PlannedWeight, model: ModelReference) -> torch.Tensor | None:
     load = weight.loads[model].model_copy(update={"dtype": None})
     tensor: torch.Tensor | None = load.execute()
-    if tensor is None:
-        raise STFError(f"{model} has no tensor {weight.name!r}, which the merge needs")
     return tensor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -13,6 +14,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import BasePolicy
 from pydantic import ValidationError
 
+from mergekit_stf.host.weight_files import gguf_problem
 from mergekit_stf.host.yaml_text import Problem, child, shown
 
 SEPARATORS = {
@@ -116,6 +118,8 @@ def path_problem(path: str) -> str | None:
     try:
         if os.path.isdir(path):
             return None
+        if os.path.exists(path) and path.endswith(".gguf"):
+            return gguf_problem(Path(path))
         if os.path.exists(path):
             return f"{shown(path)} is a file; give the model's directory"
     except ValueError:

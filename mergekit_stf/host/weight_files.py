@@ -47,9 +47,21 @@ def weight_files(folder: Path, candidates: Iterable[str] = MODEL) -> dict[str, f
             return _sharded(index, folder / name)
         if (folder / name).exists():
             return {name: stored_names(folder / name)}
+    if files := sorted(folder.glob("*.gguf")):
+        raise STFError(gguf_problem(files[0]))
     raise STFError(
         f"{folder} holds no weights; expected {' or '.join(candidates)}, "
         f"or shards with their {INDEX.removeprefix('.')}"
+    )
+
+
+def gguf_problem(file: Path) -> str:
+    """Say why a GGUF file cannot be merged, with the Python lines that make a checkpoint of it."""
+    return (
+        f"{file}: its weights are quantised (GGUF); merge the checkpoint from which it was made, "
+        "or dequantise it with `pip install gguf` and, in Python, `from transformers import "
+        f"AutoModelForCausalLM as M, GgufConfig as Q; M.from_pretrained({str(file.parent)!r}, "
+        f"gguf_file={file.name!r}, quantization_config=Q(dequantize=True)).save_pretrained('OUT')`"
     )
 
 

@@ -11,11 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.adapter_shards import CODES
-from mergekit_stf.host.headers import Header
+from mergekit_stf.host.headers import DTYPES, Header
 from mergekit_stf.host.weight_files import ADAPTER, MODEL, weight_files
-
-TYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 class Written:
@@ -68,9 +65,9 @@ def _headers(path: Path) -> dict[str, Header]:
 
 
 def _header(path: Path, name: str, part: Any) -> Header:
-    if (stored := part.get_dtype()) not in TYPES:
+    if (stored := part.get_dtype()) not in DTYPES:
         raise STFError(f"{path}: {name} is stored as {stored}, a type that torch cannot read")
-    return Header(tuple(part.get_shape()), TYPES[stored])
+    return Header(tuple(part.get_shape()), DTYPES[stored])
 
 
 def _tensors(path: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -42,7 +42,6 @@ REFUSED = {
     "models with code of their own (`trust_remote_code`)": "without a class in transformers the "
     "names in the files count as they are; the host's tables serve Baichuan, ChatGLM, Exaone 3, "
     "InternLM 2, Jais, Phi-3 small, Qwen 1 and Solar",
-    "GPTQ, AWQ, GGUF and other quantised files": "packed integers cannot be merged; dequantise",
 }
 """What is refused before any work, and why."""
 
@@ -99,8 +98,31 @@ transformers would fill from them. If one would be lost the merge stops:
 {example}
 
 The ways out: merge by the names in the files with `mergekit-pytorch`; or set
-`MERGEKIT_STF_ALLOW_LOSS=1`, and the same text is a warning. Tensors for which the class has no use
-(`rotary_emb.inv_freq`, `attn.bias` of old GPT-2 files) are not missed.
+`MERGEKIT_STF_ALLOW_LOSS=1`, and the same text is a warning.
+
+Tensors of the base for which its class has no use are kept: layers that predict several tokens
+ahead (`mtp.*` of Qwen3.5, layer `num_hidden_layers` of DeepSeek-V3 and GLM-4.5), the head of
+another task. Where all models have them they are merged like the rest, else copied from the base;
+one warning names their kinds. Slices that make a model of another number of layers leave out those
+that lie in the stack of layers, and the warning says so. Tables that a class computes by itself
+(`rotary_emb.inv_freq`, `attn.bias` of old GPT-2 files) are not carried on.
+
+## Quantised checkpoints
+
+They are found before any work, by the names and types of their tensors and by
+`quantization_config`.
+
+| format | `mergekit-stf` | plain `mergekit-yaml` |
+|---|---|---|
+| mxfp4 (GPT-OSS) | dequantised on read | refused, and sent there |
+| fp8 with its scales (DeepSeek-V3) | dequantised on read | refused, and sent there |
+| GGUF | refused, with the lines of Python that convert it | the same |
+| all others (GPTQ, AWQ, bitsandbytes, HQQ, NVFP4, ...) | refused by name | the same |
+
+Dequantised weights are bfloat16, or float32 where the configuration says so; the output is not
+quantised, and its configuration does not say that it is. An adapter that `merge` would turn into a
+full copy (`base+adapter`) needs a base that is not quantised; `mergekit-stf lora` takes one in
+mxfp4 or fp8.
 
 ## Refused
 

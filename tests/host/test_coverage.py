@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import coverage
+from mergekit_stf.host import coverage, unused
 from tests.host.classes import configuration
 from tests.host.merging import merge, recipe, reload
 from tests.host.models import Checkpoints, build, llama, save_family, save_model
@@ -113,6 +113,7 @@ def test_every_name_counts_where_transformers_has_no_class(
 ) -> None:
     edit(plain.base, {"model.extra.weight": "model.norm.weight"})
     monkeypatch.setattr(coverage, "hollow_model", lambda settings: None)
+    monkeypatch.setattr(unused, "parameter_names", lambda settings: None)
     with pytest.raises(STFError, match=r"base: 1 weights would be missing.*: model\.extra\.weight"):
         check(recipe(plain))
 
