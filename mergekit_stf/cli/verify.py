@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli.errors import DIFFERENT
+from mergekit_stf.cli.errors import DIFFERENT, Terminated
 from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.lock import FILE_NAME, Lock, read_lock
@@ -59,8 +59,11 @@ def _rebuilt(
 
     if lock.options.get("trust_remote_code") and not trust:
         raise STFError(f"{out} was merged with --trust-remote-code; say so here to rebuild it")
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="stf-verify-") as folder:
-        again = rebuild(lock, Path(folder) / out.absolute().name, cache)
+    try:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="stf-verify-") as folder:
+            again = rebuild(lock, Path(folder) / out.resolve().name, cache)
+    except (KeyboardInterrupt, Terminated) as error:
+        raise type(error) from None  # what it says of the scratch folder went with that
     before = {record.name: record.sha256 for record in lock.outputs}
     after = {record.name: record.sha256 for record in again.outputs}
     names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))

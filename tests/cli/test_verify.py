@@ -80,6 +80,12 @@ def test_a_rebuild_in_a_fresh_process_with_another_hash_seed(root: Path) -> None
     assert "files verified, and merged again to the same bytes\n" in done.stdout
 
 
+def test_a_rebuild_is_of_the_folder_that_a_link_names(root: Path) -> None:
+    (root / "current").symlink_to("out")
+    result = CliRunner().invoke(main, ["verify", "current", "--rebuild"])
+    assert result.exit_code == 0, result.output
+
+
 CHANGES: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda root: flip(root / "models/tuned1/model.safetensors", -1),
