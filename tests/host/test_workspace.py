@@ -270,6 +270,22 @@ def test_what_appears_at_the_last_moment_is_moved_aside(
     assert f"what was in {out} lies in {out}.old now" in caplog.text
 
 
+def test_what_appears_at_the_last_moment_stays_without_force(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def late(*arguments: Any) -> Path | None:
+        another_output(out)
+        return publish.put(*arguments)
+
+    monkeypatch.setattr(workspace, "put", late)
+    with pytest.raises(STFError, match=rf"lies in {out}\.new: {out}: "):
+        merge(out, force=False)
+    assert read(out) == "precious"
+    assert read(tmp_path / "out.new") == "new"
+
+
 def refuse(out: Path, reads: list[Path] | None = None, force: bool = True) -> str:
     before = sorted(out.parent.rglob("*"))
     with pytest.raises(STFError) as caught:
