@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,18 @@ all that counts as a feature, and for sums of them."""
 
 BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16")
 """Capabilities with which a product in bfloat16 takes half the time of one in float32, or less."""
+
+SWITCHES = (
+    "ATEN_",
+    "MKL_",
+    "DNNL_",
+    "ONEDNN_",
+    "OPENBLAS_",
+    "CUBLAS",
+    "NVIDIA_TF32",
+    "TORCH_ALLOW_TF32",
+)
+"""Beginnings of the variables with which a user chooses the kernels of torch and its libraries."""
 
 _lock = threading.Lock()
 _entered = 0
@@ -89,3 +102,28 @@ def instructions() -> str:
     """Return the instructions of this CPU that decide the last bits of a merge, for a person."""
     vectors: str = torch.backends.cpu.get_cpu_capability()
     return f"{vectors} and bfloat16" if has_bfloat16(torch.device("cpu")) else vectors
+
+
+def switches() -> str:
+    """Return the settings that choose kernels, and with them the last bits, for a person.
+
+    These are the variables of ``SWITCHES`` and torch's precision of float32 products where it is
+    not the default; ``default`` when there are none.
+    """
+    found = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(SWITCHES) and "VERBOSE" not in name
+    ]
+    with _lock:
+        precision = _outside if _entered else torch.get_float32_matmul_precision()
+    if precision != "highest":
+        found.append(f"float32 products={precision}")
+    return ", ".join(found) or "default"
+
+
+def processor() -> tuple[str, ...]:
+    """Return the name and the features of this CPU, by which libraries choose their kernels."""
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    features = sorted(name for name, has in known.items() if has is True)
+    return (str(known.get("cpu_name", "")), *features)

@@ -15,9 +15,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ from mergekit_stf.host.store_entry import (
     write_entry,
 )
 from mergekit_stf.host.store_writer import Writer
+from mergekit_stf.host.yaml_text import first_line
 
 VARIABLE = "MERGEKIT_STF_STORE"
 VARIABLE_SIZE = "MERGEKIT_STF_STORE_SIZE"
@@ -40,6 +42,8 @@ SUFFIX = ".stf.safetensors"
 DAY = 86_400.0
 
 LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Store:
@@ -62,7 +66,7 @@ class Store:
         self.size = size
         self.hits = self.written = self.rejected = self.skipped = 0
         self._used: set[str] = set()
-        self._notes: dict[str, str] = {}
+        self._avoided: set[str] = set()
         self._lock = threading.Lock()
         self._writer: Writer | None = None
         try:
@@ -80,32 +84,36 @@ class Store:
         """
         return key_of(tensors, options)
 
-    def get(self, key: str) -> torch.Tensor | None:
-        """Return the matrix stored under ``key``, on the CPU; None when there is none.
+    def get(self, key: str, read: Callable[[torch.Tensor, str], T]) -> T | None:
+        """Return what ``read`` makes of the matrix and the note stored under ``key``, or None.
 
-        An entry that is truncated, corrupted or foreign is removed, with a warning.
+        An entry that is truncated, corrupted or foreign is removed, with a warning; one that
+        belongs to somebody else, or that is no file, is left alone, with a warning.
+
+        Args:
+            key: the entry's name.
+            read: takes the matrix, on the CPU, and the note; raises ValueError when they are not
+                what belongs to the key.
         """
         path = self._path(key)
         if path.name in self._used:
             self.flush()
         try:
-            matrix, note = read_entry(path, key)
-            os.utime(path)
+            found = read(*read_entry(path, key))
         except FileNotFoundError:
             return None
-        except (SafetensorError, STFError, OSError) as error:
+        except OSError as error:
+            self._avoid(path, f"cannot be read ({error.strerror or error})")
+            return None
+        except (SafetensorError, ValueError) as error:
             self._reject(path, error)
             return None
+        with contextlib.suppress(OSError):  # somebody else's, or on a disk that is read-only
+            os.utime(path)
         with self._lock:
             self.hits += 1
             self._used.add(path.name)
-            self._notes[key] = note
-        return matrix
-
-    def note(self, key: str) -> str:
-        """Return, once, the note beside the matrix that `get` has found last under this key."""
-        with self._lock:
-            return self._notes.pop(key)
+        return found
 
     def put(self, key: str, matrix: torch.Tensor, note: str = "") -> None:
         """Store a matrix and a text about it, complete or not at all.
@@ -122,6 +130,8 @@ class Store:
                 folder is read-only.
         """
         path = self._path(key)
+        if path.name in self._avoided:
+            return
         matrix = matrix.detach().cpu().contiguous()
         self.flush()
         with self._lock:
@@ -191,8 +201,8 @@ class Store:
             return True
         stale = [(s.st_mtime_ns, s.st_size, p) for p in self._entries() if (s := _stat(p))]
         for _, size, path in sorted(item for item in stale if item[2].name not in self._used):
-            path.unlink(missing_ok=True)
-            excess -= size
+            if _remove(path):
+                excess -= size
             if excess <= 0:
                 return True
         self.skipped += 1
@@ -207,9 +217,18 @@ class Store:
         return False
 
     def _reject(self, path: Path, error: Exception) -> None:
+        """Remove a damaged entry, or leave it alone where that is not allowed."""
         self.rejected += 1
-        LOG.warning("%s is damaged and will be computed again: %s", path, error)
-        path.unlink(missing_ok=True)
+        if _remove(path):
+            LOG.warning("%s is damaged and will be computed again: %s", path, first_line(error))
+        else:
+            self._avoid(path, f"is damaged and cannot be removed ({first_line(error)})")
+
+    def _avoid(self, path: Path, reason: str) -> None:
+        """Neither read nor replace an entry."""
+        LOG.warning("%s %s; its weight is computed again and not stored", path, reason)
+        with self._lock:
+            self._avoided.add(path.name)
 
     def _remove_partial(self, age: float) -> None:
         """Remove what killed processes were writing, if it is older than ``age`` seconds."""
@@ -268,6 +287,15 @@ def _named(folder: str, size: str | None) -> Store:
     if size is not None and not size.isdecimal():
         raise STFError(f"{VARIABLE_SIZE} is a number of bytes; got {size!r}")
     return Store(Path(folder), int(size) if size else DEFAULT_SIZE)
+
+
+def _remove(path: Path) -> bool:
+    """Remove an entry and say whether that went well."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _stat(path: Path) -> os.stat_result | None:

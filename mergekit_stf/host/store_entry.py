@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import mergekit_stf
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.precision import instructions
+from mergekit_stf.core.precision import instructions, processor, switches
 from mergekit_stf.host.files import sync
 
 PARTIAL = ".partial-"
@@ -30,7 +31,8 @@ def key_of(tensors: Sequence[torch.Tensor], options: Mapping[str, object]) -> st
         options: every setting that M depends on, as plain numbers and strings (not λ).
     """
     digest = xxhash.xxh3_128()
-    digest.update(repr((_build(), torch.get_num_threads(), tensors[0].device.type)).encode())
+    conditions = (_build(), switches(), torch.get_num_threads(), tensors[0].device.type)
+    digest.update(repr(conditions).encode())
     digest.update(repr(sorted(options.items())).encode())
     for tensor in tensors:
         _update(digest, tensor)
@@ -57,12 +59,12 @@ def read_entry(path: Path, key: str) -> tuple[torch.Tensor, str]:
 
     Raises:
         FileNotFoundError: there is none.
-        STFError: it was written for another key, or its bytes have changed.
-        OSError, SafetensorError: it is no entry.
+        STFError: it was written for another key, its bytes have changed, or it is no file.
+        OSError, SafetensorError: it cannot be read.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
-    with safe_open(path, framework="pt") as file:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise STFError("it is no file")
+    with path.open("rb"), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("key") != key:
             raise STFError("it belongs to another weight")
@@ -77,10 +79,12 @@ def read_entry(path: Path, key: str) -> tuple[torch.Tensor, str]:
 def _build() -> tuple[str, ...]:
     """Return what can change a bit of M besides its inputs, our own source included."""
     source = xxhash.xxh3_128()
-    for path in sorted((Path(mergekit_stf.__file__).parent / "core").glob("*.py")):
-        source.update(path.read_bytes())
+    for layer in ("core", "host"):
+        for path in sorted((Path(mergekit_stf.__file__).parent / layer).rglob("*.py")):
+            source.update(path.read_bytes())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return (mergekit_stf.__version__, source.hexdigest(), torch.__version__, instructions(), device)
+    versions = (mergekit_stf.__version__, source.hexdigest(), torch.__version__)
+    return (*versions, instructions(), *processor(), device)
 
 
 def _update(digest: xxhash.xxh3_128, tensor: torch.Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import xxhash
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def ordered(
     """Return the tuned tensors in an order that does not depend on the recipe's.
 
     Sums round differently in another order, and the order of models in a recipe means nothing to
-    STF: so that it costs no byte either, tasks are sorted by an integer checksum of their tensors.
+    STF: so that it costs no byte either, tasks are sorted by an integer checksum of their tensors,
+    which is computed where they lie, and by a digest of their bytes where checksums are equal.
     """
     tasks = [
         Task(str(entry.id), entry.tensor, weights[entry.id], densities[entry.id])
@@ -43,11 +46,29 @@ def ordered(
     ]
     if len(tasks) < 2:
         return tasks
-    return sorted(tasks, key=lambda task: (checksum(task.tuned), task.weight, task.density))
+    sums = [checksum(task.tuned) for task in tasks]
+    counts = Counter(sums)
+    digests = [
+        digest(task.tuned) if counts[total] > 1 else ""
+        for task, total in zip(tasks, sums, strict=True)
+    ]
+    keys = [
+        (total, content, task.weight, task.density)
+        for total, content, task in zip(sums, digests, tasks, strict=True)
+    ]
+    return [tasks[index] for index in sorted(range(len(tasks)), key=keys.__getitem__)]
+
+
+def digest(x: Tensor) -> str:
+    """Return a digest of a tensor's bytes, which depends on their places too."""
+    return xxhash.xxh3_128_hexdigest(content_of(x).cpu().numpy().data)
 
 
 def checksum(x: Tensor) -> int:
-    """Return the sum of a tensor's bytes in words of eight, the same on every device."""
+    """Return the sum of a tensor's bytes in words of eight, the same on every device.
+
+    It does not depend on their places: a tensor with its rows permuted has the same.
+    """
     content = content_of(x)
     if content.storage_offset() % 8:
         content = content.clone()

@@ -140,12 +140,36 @@ def shelved(
         "densities": [task.density for task in tasks],
     }
     key = shelf.key([base, *(task.tuned for task in tasks)], options)
-    kept = shelf.get(key)
+    kept = shelf.get(key, partial(restored, base, len(tasks)))
     if kept is not None:
-        return kept.to(base.device), REPORTS.validate_json(shelf.note(key))
+        M, reports = kept
+        return M.to(base.device), reports
     check_values(name, base, tasks)
     M, reports = make()
     shelf.put(key, M, REPORTS.dump_json(reports).decode())
+    return M, reports
+
+
+def restored(base: Tensor, tasks: int, M: Tensor, note: str) -> tuple[Tensor, list[Report]]:
+    """Return the matrix and the reports of an entry of the store.
+
+    Args:
+        base: the weight that it belongs to.
+        tasks: their number.
+        M: the matrix.
+        note: the reports as they were stored.
+
+    Raises:
+        ValueError: matrix or note cannot be what was stored for this weight.
+    """
+    compute = torch.promote_types(base.dtype, torch.float32)
+    if M.shape != base.shape or M.dtype != compute:
+        raise STFError(f"it holds {M.dtype} of shape {tuple(M.shape)}")
+    reports = REPORTS.validate_json(note)
+    for report in reports:
+        lists = (report.routes, report.ranks, report.norms, report.spectra, report.overlaps)
+        if any(len(one) != tasks for one in (*lists, *report.overlaps)):
+            raise STFError(f"its note tells of another number of tasks than {tasks}")
     return M, reports
 
 

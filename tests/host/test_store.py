@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
+def take(store: Store, key: str) -> torch.Tensor | None:
+    return store.get(key, lambda matrix, note: matrix)
+
+
 def entry(store: Store) -> Path:
     (path,) = (p for p in store.folder.iterdir() if not p.name.startswith("."))
     return path
@@ -31,9 +36,9 @@ def entry(store: Store) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_what_is_put_comes_back(store: Store, dtype: torch.dtype) -> None:
     matrix = torch.randn(5, 7, dtype=dtype).T
-    assert store.get("ab") is None
+    assert take(store, "ab") is None
     store.put("ab", matrix)
-    found = store.get("ab")
+    found = take(store, "ab")
     assert found is not None
     assert found.dtype == dtype
     assert torch.equal(found, matrix)
@@ -43,10 +48,9 @@ def test_what_is_put_comes_back(store: Store, dtype: torch.dtype) -> None:
 
 def test_a_note_comes_back_with_its_matrix_and_is_checked_like_it(store: Store) -> None:
     store.put("ab", torch.ones(2, 2), "kept: 2")
-    assert store.get("ab") is not None
-    assert store.note("ab") == "kept: 2"
+    assert store.get("ab", lambda matrix, note: note) == "kept: 2"
     entry(store).write_bytes(entry(store).read_bytes().replace(b"kept: 2", b"kept: 3"))
-    assert store.get("ab") is None
+    assert take(store, "ab") is None
     assert store.rejected == 1
 
 
@@ -78,6 +82,17 @@ def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPat
         store_entry._build.cache_clear()
         assert store.key(tensors, options) != key
     store_entry._build.cache_clear()
+    for name in ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_X"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "AVX2")
+            assert store.key(tensors, options) != key
+    monkeypatch.setenv("MKL_VERBOSE", "1")
+    assert store.key(tensors, options) == key
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert store.key(tensors, options) != key
+    finally:
+        torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
     assert store.key(tensors, options) != key
 
@@ -105,11 +120,11 @@ def test_damaged_entries_are_said_and_removed(
 ) -> None:
     store.put("ab", torch.randn(8, 8))
     damage(entry(store))
-    assert store.get("ab") is None
+    assert take(store, "ab") is None
     assert "ab.stf.safetensors is damaged and will be computed again" in caplog.text
     assert store.rejected == 1
     store.put("ab", torch.eye(3))
-    assert torch.equal(store.get("ab"), torch.eye(3))
+    assert torch.equal(take(store, "ab"), torch.eye(3))
 
 
 def test_no_flipped_byte_changes_a_matrix(store: Store) -> None:
@@ -121,15 +136,80 @@ def test_no_flipped_byte_changes_a_matrix(store: Store) -> None:
         bad[position] ^= 0x41
         path = store.folder / "ab.stf.safetensors"
         path.write_bytes(bad)
-        found = store.get("ab")
+        found = take(store, "ab")
         assert found is None or torch.equal(found, matrix)
 
 
 def test_an_entry_under_another_name_is_refused(store: Store) -> None:
     store.put("ab", torch.eye(2))
     entry(store).rename(store.folder / "cd.stf.safetensors")
-    assert store.get("cd") is None
+    assert take(store, "cd") is None
     assert store.rejected == 1
+
+
+def test_an_entry_that_does_not_fit_is_removed(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(matrix: torch.Tensor, note: str) -> None:
+        raise ValueError(f"no {note}")
+
+    store.put("ab", torch.eye(2), "note of ours")
+    assert store.get("ab", refuse) is None
+    assert "ab.stf.safetensors is damaged and will be computed again: no note" in caplog.text
+    assert list(store.folder.iterdir()) == []
+    assert store.hits == 0
+
+
+def test_a_time_that_cannot_be_set_is_no_damage(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    store.put("ab", torch.eye(2))
+    monkeypatch.setattr(os, "utime", refuse)
+    assert torch.equal(take(store, "ab"), torch.eye(2))
+    assert (store.hits, store.rejected, caplog.text) == (1, 0, "")
+
+
+def test_the_entry_of_another_user_is_left_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    store.put("ab", torch.eye(2))
+    before = entry(store).read_bytes()
+    monkeypatch.setattr(module, "read_entry", refuse)
+    assert take(store, "ab") is None
+    assert "cannot be read (Permission denied); its weight is computed again" in caplog.text
+    store.put("ab", torch.eye(3))
+    assert entry(store).read_bytes() == before
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_no_entry(
+    store: Store, make: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(store.folder / "ab.stf.safetensors")
+    assert take(store, "ab") is None
+    assert "it is no file" in caplog.text
+    store.put("ab", torch.eye(3))
+    found = take(store, "ab")
+    assert torch.equal(found, torch.eye(3)) if make is os.mkfifo else found is None
+
+
+def test_what_cannot_be_removed_makes_no_room_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    Store(tmp_path).put("01", torch.zeros(100))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store = Store(tmp_path, size=1000)
+    store.put("02", torch.zeros(100))
+    assert (store.skipped, store.written) == (1, 0)
 
 
 def test_size_is_bounded_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,15 +218,15 @@ def test_size_is_bounded_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     old.put("02", torch.zeros(100))
     store = Store(tmp_path, size=1900)
     store.put("03", torch.ones(100))
-    assert old.get("01") is None
-    assert old.get("02") is not None
+    assert take(old, "01") is None
+    assert take(old, "02") is not None
     store.put("04", torch.ones(100))
     assert caplog.text == ""
     store.put("05", torch.ones(100))
     store.put("06", torch.ones(100))
     assert store.skipped == 2
     assert caplog.text.count("is full") == 1
-    assert store.get("03") is not None
+    assert take(store, "03") is not None
     assert "at most" in store.summary()
 
 
@@ -165,7 +245,7 @@ def test_beside_the_merge_entries_are_complete_when_asked_for_and_at_the_end(sto
     with using(store):
         for key, matrix in matrices.items():
             store.put(key, matrix)
-            assert torch.equal(store.get(key), matrix)
+            assert torch.equal(take(store, key), matrix)
         store.put("ff", torch.eye(3))
     assert len(list(store.folder.iterdir())) == store.written == 9
 
@@ -262,7 +342,7 @@ def hammer(folder: Path, seed: int) -> None:
     store = Store(folder)
     for round_ in range(60):
         key = f"{(round_ + seed) % 7:02x}"
-        found = store.get(key)
+        found = take(store, key)
         assert found is None or torch.equal(found, torch.full((50, 50), float(int(key, 16))))
         store.put(key, torch.full((50, 50), float(int(key, 16))))
     assert store.rejected == 0
