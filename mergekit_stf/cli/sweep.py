@@ -17,8 +17,9 @@ from mergekit_stf.cli.store_options import add_store_options
 from mergekit_stf.cli.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.grid import Point, parse_values, points, replaced
-from mergekit_stf.host.lock import FILE_NAME, read_lock, recorded
+from mergekit_stf.host.lock import FILE_NAME, read_lock
 from mergekit_stf.host.lock_check import differences
+from mergekit_stf.host.lock_conditions import Options
 from mergekit_stf.host.merging import StoreOptions, merge
 from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.out_folder import out_folder
@@ -146,7 +147,7 @@ def _merged(point: Point, folder: Path, options: MergeOptions, store: StoreOptio
     lock = read_lock(folder)
     if lock.recipe != point.recipe.text:
         raise STFError(f"{folder} holds a merge of another recipe; remove it, or name another OUT")
-    if lock.options != recorded(options):
+    if lock.options != Options.of(options):
         raise STFError(f"{folder} was merged with other options; remove it, or name another OUT")
     for difference in differences(lock, folder, options.transformers_cache):
         raise STFError(

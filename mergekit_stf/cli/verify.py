@@ -57,11 +57,11 @@ def _rebuilt(
 ) -> list[str]:
     from mergekit_stf.host.rebuild import rebuild
 
-    if lock.options.get("trust_remote_code") and not trust:
+    if lock.options.trust_remote_code and not trust:
         raise STFError(f"{out} was merged with --trust-remote-code; say so here to rebuild it")
     try:
         with tempfile.TemporaryDirectory(dir=scratch, prefix="stf-verify-") as folder:
-            again = rebuild(lock, Path(folder) / out.resolve().name, cache)
+            again = rebuild(lock, Path(folder) / out.resolve().name, cache, trust)
     except (KeyboardInterrupt, Terminated) as error:
         raise type(error) from None  # what it says of the scratch folder went with that
     before = {record.name: record.sha256 for record in lock.outputs}

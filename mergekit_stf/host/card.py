@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import os
+import re
 
 import yaml
 from mergekit.card import method_md
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+
+from mergekit_stf.text import printable
 
 TEMPLATE = """---
 {metadata}---
@@ -27,6 +28,9 @@ merge method {method}.{lock}
 {fence}
 """
 
+
+PLAIN = re.compile(r"[\w .-]+", re.ASCII)
+"""Names without a character that means something in Markdown or HTML, but for emphasis."""
 
 LOCKED = " `stf.lock.json` lists every input and output file with its SHA-256."
 
@@ -47,17 +51,18 @@ def card(
         library: that loads it.
         locked: whether a lock file lies beside it.
     """
+    recipe = text.replace("\r\n", "\n").replace("\r", "\n").rstrip()
     models = [model for model in config.referenced_models() if model != config.base_model]
-    base = f"\n- base: {_code(config.base_model)}" if config.base_model else ""
+    base = f"\n- base: {_code(str(config.base_model))}" if config.base_model else ""
     return TEMPLATE.format(
         metadata=yaml.safe_dump(_metadata(config, library), sort_keys=True, allow_unicode=True),
-        name=html.escape(name).replace("\n", " "),
+        name=name if PLAIN.fullmatch(name) else _code(name),
         method=method_md(config.merge_method),
         lock=LOCKED if locked else "",
         base=base,
-        models="".join(f"\n- {_code(model)}" for model in sorted(models, key=str)),
-        fence=_fence(text),
-        recipe=text.rstrip(),
+        models="".join(f"\n- {_code(str(model))}" for model in sorted(models, key=str)),
+        fence=_fence(recipe),
+        recipe=recipe,
     )
 
 
@@ -71,8 +76,9 @@ def _metadata(config: MergeConfiguration, library: str) -> dict[str, object]:
     }
 
 
-def _code(model: ModelReference) -> str:
-    text = str(model).replace("\n", " ")
+def _code(name: str) -> str:
+    """Write a name so that nothing in it is Markdown: no link, no HTML, no line of its own."""
+    text = printable(name)
     fence = _fence(text, least=1)
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.superpose import Report
+from mergekit_stf.host.files import read_text
 from mergekit_stf.host.record_numbers import peak_device, peak_rss, summary
 
 FILE_NAME = "stf-diagnostics.jsonl"
@@ -77,6 +78,22 @@ class Record(BaseModel):
     norm_sum: float | None = None
     norm_merged: float | None = None
     cosine: list[list[float]] = []
+
+    @model_validator(mode="after")
+    def _agree(self) -> Record:
+        """Check that every list with a value for each model is as long as that of the models."""
+        lists: tuple[Sequence[object], ...] = (
+            self.routes, self.kept, self.spectra, self.norms, self.cosine,
+        )  # fmt: skip
+        if any(len(one) not in (0, len(self.models)) for one in lists) or any(
+            len(row) != len(self.models) for row in self.cosine
+        ):
+            raise ValueError("its lists differ in length from that of its models")
+        if self.routes and not (self.norms and self.cosine):
+            raise ValueError("it tells of a solve and not of its tasks")
+        if len(self.alpha_ratio) not in (0, 5) or any(side < 0 for side in self.shape):
+            raise ValueError("its quantiles or its shape are wrong")
+        return self
 
 
 class Recorder:
@@ -177,11 +194,8 @@ def read(path: Path) -> list[Record]:
     Raises:
         STFError: the file is missing or a line is not a record.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise STFError(f"cannot read diagnostics from {path}: {error.strerror}") from error
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    lines = read_text(path).removesuffix("\n").split("\n")
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line]
 
 
 def _parse(line: str, path: Path, number: int) -> Record:

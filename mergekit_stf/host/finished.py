@@ -69,10 +69,13 @@ class Finished:
     def weights(self) -> list[PlannedWeight]:
         """Plan the merge again.
 
+        No code from a model's folder is run, whatever the lock says.
+
         Raises:
             STFError: a model of the recipe cannot be found any more, or is an adapter.
         """
-        options = MergeOptions(**self._lock.options) if self._lock else MergeOptions()
+        made = self._lock
+        options = MergeOptions() if made is None else made.options.restore(None, False)
         config = check_recipe(self.text, f"recipe of {self.folder}").config
         if any(model.lora is not None for model in config.referenced_models()):
             raise STFError(

@@ -88,7 +88,8 @@ def _parts(config: MergeConfiguration) -> dict[ModelPath, str]:
 
 def _input_model(path: ModelPath, folder: Path, weights: list[str]) -> InputModel:
     hub = not os.path.isdir(path.path)
-    others = {p.name for pattern in OTHERS for p in folder.glob(pattern) if p.is_file()}
+    found = (p for pattern in OTHERS for p in folder.glob(pattern) if p.is_file())
+    others = {p.name for p in found if p.name.isprintable()}  # no loader asks for another name
     commit = folder.name if hub else None
     return InputModel(str(path), folder, commit, tuple(sorted({*weights, *others})))
 

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import platform
+import os
+import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from mergekit.options import MergeOptions
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_stf import __version__
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.precision import instructions
 from mergekit_stf.host import diagnostics
 from mergekit_stf.host.files import sha256_of, write_text
 from mergekit_stf.host.inputs import InputModel
+from mergekit_stf.host.lock_conditions import Machine, Options, machine
 from mergekit_stf.host.output_check import OutputCheck
 
 FILE_NAME = "stf.lock.json"
 ABOUT = (FILE_NAME, diagnostics.FILE_NAME, "stf-report.html")
-FIGURES = "stf-report/"
+FIGURES = re.compile(
+    r"stf-report/(interference|spectra|alpha|seconds|memory|preservation(-\d+)?)\.png"
+)
 LIBRARIES = ("mergekit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-NOT_RECORDED = {
-    "transformers_cache",
-    "lora_merge_cache",
-    "verbosity",
-    "quiet",
-    "num_threads",
-    "async_write",
-    "write_threads",
-    "lazy_unpickle",
-    "write_model_card",
-}
 
 
 class _Model(BaseModel):
@@ -67,25 +60,31 @@ class Lock(_Model):
     Attributes:
         command: the subcommand of ``mergekit-stf`` and the options that only it has.
         options: the host's options that can change the output.
+        sha256: of all else in this file, which tells a later change of it.
         versions: our version and those of the libraries that compute or write.
         device: the name of the accelerator, or ``cpu``.
         threads: torch's number of threads.
-        machine: system, architecture, Python and the CPU's vector instructions; for the reader.
-        check: what the check of the output found, None for an adapter and for old locks.
+        machine: what else is known to change bits; for the reader.
+        check: what the check of the output found, None for an adapter.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     command: tuple[str, ...] = ("merge",)
     recipe: str
     recipe_sha256: str
-    options: dict[str, Any]
+    options: Options
     models: tuple[ModelRecord, ...]
     versions: dict[str, str]
     device: str
-    threads: int
-    machine: dict[str, str]
+    threads: Annotated[int, Field(ge=1)]
+    machine: Machine
     outputs: tuple[FileRecord, ...]
     check: OutputCheck | None = None
+    sha256: str = ""
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all else in the file."""
+        return text_digest(self.model_dump_json(exclude={"sha256"}))
 
 
 def make_lock(
@@ -108,11 +107,11 @@ def make_lock(
         command: the subcommand that merged, and the options that only it has.
         check: what the check of the output found.
     """
-    return Lock(
+    lock = Lock(
         command=command,
         recipe=recipe,
         recipe_sha256=text_digest(recipe),
-        options=recorded(options),
+        options=Options.of(options),
         models=tuple(_model_record(model, digests) for model in models),
         versions=versions(),
         device=device_name(options.device or "cpu"),
@@ -121,12 +120,7 @@ def make_lock(
         outputs=tuple(file_record(folder, name) for name in output_names(folder)),
         check=check,
     )
-
-
-def recorded(options: MergeOptions) -> dict[str, Any]:
-    """Return the host's options that can change the output, as a lock holds them."""
-    found: dict[str, Any] = options.model_dump(mode="json", exclude=NOT_RECORDED)
-    return found
+    return lock.model_copy(update={"sha256": lock.digest()})
 
 
 def write_lock(lock: Lock, folder: Path) -> None:
@@ -141,6 +135,8 @@ def read_lock(folder: Path) -> Lock:
         STFError: there is none, or it is no lock.
     """
     path = folder / FILE_NAME
+    if path.exists() and not path.is_file():
+        raise STFError(f"{path} is no file; merge again")
     try:
         return Lock.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -153,13 +149,25 @@ def read_lock(folder: Path) -> Lock:
 
 
 def output_names(folder: Path) -> list[str]:
-    """Return the names of all files of an output, sorted.
+    """Return the names of everything in an output that is no folder, sorted.
 
-    What tells about the merge and is not made of it is left out: the lock, and the records of
-    times and memory (``stf-diagnostics.jsonl``) and the report drawn from them.
+    A link is one of them, wherever it leads. What tells about the merge and is not made of it is
+    left out: the lock, the records of times and memory (``stf-diagnostics.jsonl``), and the files
+    of the report drawn from them.
     """
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
-    return sorted(name for name in names if name not in ABOUT and not name.startswith(FIGURES))
+    return sorted(name for name in _entries(folder) if not _is_about(folder / name, name))
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    for root, folders, files in os.walk(folder):
+        linked = (name for name in folders if os.path.islink(os.path.join(root, name)))
+        for name in (*files, *linked):
+            yield (Path(root) / name).relative_to(folder).as_posix()
+
+
+def _is_about(path: Path, name: str) -> bool:
+    known = name in ABOUT or FIGURES.fullmatch(name) is not None
+    return known and path.is_file() and not path.is_symlink()
 
 
 def file_record(root: Path, name: str, sha256: str | None = None) -> FileRecord:
@@ -171,16 +179,6 @@ def file_record(root: Path, name: str, sha256: str | None = None) -> FileRecord:
 def versions() -> dict[str, str]:
     """Return the versions that can change the output."""
     return {"mergekit-stf": __version__} | {name: version(name) for name in LIBRARIES}
-
-
-def machine() -> dict[str, str]:
-    """Return what else is known to change bits: system, architecture and vector instructions."""
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "vectors": instructions(),
-    }
 
 
 def device_name(device: str) -> str:

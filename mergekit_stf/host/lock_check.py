@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from mergekit.common import ModelPath
 
 from mergekit_stf.host.digests import digest_of
@@ -19,6 +18,7 @@ from mergekit_stf.host.lock import (
     text_digest,
     versions,
 )
+from mergekit_stf.host.network import cached
 from mergekit_stf.host.output_check import OutputCheck, structure_faults, value_faults
 from mergekit_stf.host.yaml_text import first_line
 from mergekit_stf.text import printable
@@ -34,8 +34,11 @@ def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[
     """
     if text_digest(lock.recipe) != lock.recipe_sha256:
         yield f"{FILE_NAME}: the recipe in it was changed"
-    for name, was in lock.versions.items():
-        now = versions().get(name, "not installed")
+    elif lock.digest() != lock.sha256:
+        yield f"{FILE_NAME}: it was changed after the merge"
+    here = versions()
+    for name in lock.versions | here:
+        was, now = lock.versions.get(name, "none"), here.get(name, "not installed")
         if now != was:
             yield f"version of {name}: merged with {was}, here is {now}"
     for model in lock.models:
@@ -70,10 +73,7 @@ def _present(model: ModelRecord, cache: str | None) -> Path:
     path = ModelPath.model_validate(model.reference)
     if model.commit is None:
         return Path(path.path).resolve(strict=True)
-    found = snapshot_download(
-        path.path, revision=model.commit, cache_dir=cache, local_files_only=True
-    )
-    return Path(found)
+    return cached(path.path, model.commit, cache)
 
 
 def _file_differences(

@@ -47,7 +47,7 @@ def number(value: Any) -> float:
         raise ValueError(message)
     try:
         converted = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(decimal_comma(value) or message) from None
     if not abs(converted) <= LARGEST:
         raise ValueError(message)

@@ -116,6 +116,7 @@ def _reference_problems(value: Any, path: str) -> Iterator[Problem]:
 def path_problem(path: str) -> str | None:
     """Say why a model's path can be neither a local directory nor the name of a hub model."""
     try:
+        path.encode()
         if os.path.isdir(path):
             return None
         if os.path.exists(path) and path.endswith(".gguf"):

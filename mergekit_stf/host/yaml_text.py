@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,11 @@ ONE_DOCUMENT = "expected a single document in the stream"
 """What PyYAML says of a file with several documents."""
 
 MAX_CHARACTERS = 1_000_000
+MAX_PATHS = 20 * MAX_CHARACTERS
+"""Characters of all key paths together: each value has one, and a key may be long."""
+
+MAX_DIGITS = 400
+"""Characters of a number; the largest one of float64 has 309 digits."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,29 @@ def child(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for numbers that a computer can hold."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Return a number.
+
+        Raises:
+            yaml.MarkedYAMLError: float64 cannot hold it, or it is written with too many digits.
+        """
+        if len(node.value) <= MAX_DIGITS:
+            whole = node.tag == "tag:yaml.org,2002:int"
+            number = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+            if not whole or abs(number) <= sys.float_info.max:
+                return number
+        raise yaml.constructor.ConstructorError(
+            None, None, "a number beyond what float64 can hold", node.start_mark
+        )
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
 def parse(text: str, source: str) -> Document:
     """Parse YAML safely: no tags beyond the standard ones, no aliases that explode.
 
@@ -72,7 +101,7 @@ def parse(text: str, source: str) -> Document:
         raise STFError(f"{source}: longer than {MAX_CHARACTERS} characters; no recipe is that long")
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return Document(data=None)
@@ -80,7 +109,7 @@ def parse(text: str, source: str) -> Document:
         data = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise STFError(_marked(error, source)) from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, STFError):
             raise STFError(f"{source}: {error}") from None
         reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
@@ -94,11 +123,15 @@ def parse(text: str, source: str) -> Document:
 def _document(root: yaml.Node) -> Document:
     lines: dict[str, int] = {}
     repeated: list[Problem] = []
+    length = 0
     for count, (path, line) in enumerate(_walk(root, "", ()), start=1):
+        length += len(path)
         if count > MAX_NODES:
             raise STFError(
                 f"more than {MAX_NODES} values (aliases included); no recipe is that long"
             )
+        if length > MAX_PATHS:
+            raise STFError("many values stand under long keys; no recipe has keys that long")
         if path in lines:
             repeated.append(Problem(path, f"given again on line {line}; keep one of them"))
         lines.setdefault(path, line)

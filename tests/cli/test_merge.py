@@ -380,16 +380,34 @@ def test_little_memory_is_said(
     assert "of memory needed, 1 kB free; --out-shard-size 1B lowers the need" in caplog.text
 
 
-def test_the_card_is_escaped_and_lists_everything(models: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("my model-1.0_b", "my model-1.0_b"),
+        ("<b>out", "`<b>out`"),
+        ("[x](http:evil)", "`[x](http:evil)`"),
+        ("a\r\n# b`c", "`` a\\r\\n# b`c ``"),
+    ],
+)
+def test_the_card_is_escaped_and_lists_everything(
+    models: Checkpoints, tmp_path: Path, name: str, title: str
+) -> None:
+    tuned = models.tuned[1].rename(models.base.parent / "[y](z)\r# w")
+    models = Checkpoints(models.base, (models.tuned[0], tuned))
     recipe = tmp_path / "recipe.yml"
-    recipe.write_text(text_of(models) + "# ```\n# <script>\n")
-    assert merge(recipe, tmp_path / "<b>out").exit_code == 0
-    card = (tmp_path / "<b>out" / "README.md").read_text()
-    assert "# &lt;b&gt;out\n" in card
+    text = text_of(models).replace(str(tuned), json.dumps(str(tuned)))
+    recipe.write_bytes((text + "# ```\r# <script>\r\n").encode())
+    assert merge(recipe, tmp_path / name).exit_code == 0
+    raw = (tmp_path / name / "README.md").read_bytes()
+    assert b"\r" not in raw
+    card = raw.decode()
+    assert f"# {title}\n" in card
     assert "````yaml\nmerge_method: stf" in card
-    assert card.rstrip().endswith("````")
-    positions = [card.index(f"`{model}`") for model in (models.base, *models.tuned)]
-    assert positions == sorted(positions)
+    assert card.rstrip().endswith("# ```\n# <script>\n````")
+    names = (str(models.base), str(models.tuned[0]), str(tuned).replace("\r", "\\r"))
+    listed = [line for line in card.splitlines() if line.startswith("- ") and line[2] in "`b"]
+    assert listed[0] == f"- base: `{names[0]}`"
+    assert listed[1:] == sorted(f"- `{name}`" for name in names[1:])
 
 
 def test_the_lock_names_everything(models: Checkpoints, recipe: Path, tmp_path: Path) -> None:

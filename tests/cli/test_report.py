@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from mergekit_stf.cli._report.page import render, significant
 from mergekit_stf.cli._report.plots import plots
 from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.core.superpose import superpose
+from mergekit_stf.host import finished
 from mergekit_stf.host.diagnostics import Record
 from mergekit_stf.host.finished import Finished
 from mergekit_stf.host.options import MergeOptions
@@ -371,3 +373,70 @@ def test_a_resumed_merge_has_complete_records(merged: Path, tmp_path: Path) -> N
         r.model_dump(exclude=timed) for r in second
     ]
     assert sum(bool(record.routes) for record in second) == 14
+
+
+@pytest.mark.parametrize("sample", ["0", "48"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_report_of_a_merge_in_which_nothing_differs(
+    tmp_path: Path, family: str, sample: str
+) -> None:
+    models = tiny_models(tmp_path / "models", family)
+    for tuned in models.tuned:
+        shutil.copytree(models.base, tuned, dirs_exist_ok=True)
+    recipe = write_recipe(tmp_path / "recipe.yml", models)
+    done = run("merge", recipe, tmp_path / "out", "--quiet", "--no-copy-tokenizer")
+    assert done.exit_code == 0, done.output
+    done = run("report", tmp_path / "out", "--quiet", "--sample", sample)
+    assert done.exit_code == 0, done.output
+    assert "0 weights, 1 warnings" in done.output
+    page = (tmp_path / "out" / "stf-report.html").read_text()
+    assert "No weight of any model differs from the base" in page
+
+
+def test_weights_of_one_merge_may_come_from_different_models() -> None:
+    others = [record.model_copy(update={"models": ["/m/c", "/m/d"]}) for record in records(2)]
+    three = [
+        r.model_copy(update={"models": ["/m/a", "/m/b", "/m/c"], "routes": []}) for r in others
+    ]
+    report = build("out", "", [*others, *records(3), *three], [])
+    assert list(report.labels) == ["1 a", "2 b"]
+    assert [record.models for record in report.comparable] == [["/m/a", "/m/b"]] * 3
+    assert "interference" in plots(report)
+
+
+def test_a_folder_from_elsewhere_runs_no_code_and_asks_no_hub(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    lock = json.loads((tmp_path / "out" / "stf.lock.json").read_text())
+    lock["options"]["trust_remote_code"] = True
+    lock["recipe"] = lock["recipe"].replace(str(merged.parent / "models"), "some")
+    (tmp_path / "out" / "stf.lock.json").write_text(json.dumps(lock))
+
+    def network(*_: object, **__: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", network)
+    monkeypatch.setattr("socket.getaddrinfo", network)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    seen: list[MergeOptions] = []
+    for name in ("plan_weights", "input_models"):
+        monkeypatch.setattr(finished, name, lambda _, options: seen.append(options) or [])
+    assert run("report", tmp_path / "out", "--quiet").exit_code == 0
+    assert [options.trust_remote_code for options in seen] == [False, False]
+    monkeypatch.undo()
+    monkeypatch.setattr("socket.socket.connect", network)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    done = run("report", tmp_path / "out", "--quiet")
+    assert done.exit_code == 1
+    assert "asked the network" not in done.output
+    assert "is not in the cache of hub models on this machine" in done.output
+
+
+def test_a_recipe_that_is_no_utf_8(merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "out")
+    (tmp_path / "out" / "stf.lock.json").unlink()
+    (tmp_path / "out" / "mergekit_config.yml").write_bytes(b"\xff")
+    done = run("report", tmp_path / "out", "--quiet")
+    assert done.exit_code == 1
+    assert "mergekit_config.yml: cannot be read: not UTF-8 text" in done.output

@@ -194,7 +194,7 @@ def test_a_damaged_file_is_refused_by_line(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(STFError, match=r"cannot read diagnostics from .*nothing\.jsonl"):
+    with pytest.raises(STFError, match=r"nothing\.jsonl: cannot be read: No such file"):
         diagnostics.read(tmp_path / "nothing.jsonl")
 
 
@@ -205,3 +205,62 @@ def test_every_key_is_documented() -> None:
     assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set(
         diagnostics.Record.model_fields
     )
+
+
+GOOD: dict[str, object] = {
+    "name": "w",
+    "rule": "superpose",
+    "shape": [2, 2],
+    "models": ["a\u2028", "b"],
+    "seconds": 0.1,
+    "routes": ["svd", "svd"],
+    "norms": [1.0, 1.0],
+    "cosine": [[1.0, 0.0], [0.0, 1.0]],
+}
+
+
+def write_raw(path: Path, *lines: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def test_a_separator_of_lines_in_a_name_is_no_line(tmp_path: Path) -> None:
+    (record,) = diagnostics.read(write_raw(tmp_path / "d.jsonl", GOOD))
+    assert record.models == ["a\u2028", "b"]
+
+
+def test_a_merge_without_differences_has_no_records(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").touch()
+    assert diagnostics.read(tmp_path / "d.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cosine": [[1.0]]},
+        {"cosine": []},
+        {"cosine": [[], []]},
+        {"norms": [1.0]},
+        {"norms": []},
+        {"routes": ["svd"]},
+        {"spectra": [[1.0]]},
+        {"kept": [1, 2, 3]},
+        {"alpha_ratio": [1.0]},
+        {"shape": [-1, 2]},
+        {"models": []},
+    ],
+    ids=str,
+)
+def test_records_that_contradict_themselves_are_damaged(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = write_raw(tmp_path / "d.jsonl", GOOD, {**GOOD, **change})
+    with pytest.raises(STFError, match="line 2 is not a record of a merge"):
+        diagnostics.read(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b'{"name": "\xc3("}', b"\xff\xfe{\x00}\x00"])
+def test_records_that_are_no_utf_8(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(STFError, match=r"d\.jsonl: cannot be read: not UTF-8 text"):
+        diagnostics.read(tmp_path / "d.jsonl")

@@ -1,5 +1,6 @@
 """Checks of a recipe: every mistake is found, named and located; good recipes pass."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,51 @@ def test_settings_without_effect_are_said_aloud(models: Path) -> None:
 )
 def test_hostile_text_ends_in_one_error(text: str) -> None:
     assert all(line.isprintable() for line in problems(text))
+
+
+NUMBERS = [
+    f"0x{'f' * 300}", f"-0x{'f' * 900_000}", "9" * 4000, f"0b{'1' * 5000}", ":".join(["59"] * 5000),
+    ":".join(["59"] * 300) + ".5", "1_" * 300 + "0", f"!!int {'7' * 310}", f"!!float {'7' * 500}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:8])
+@pytest.mark.parametrize("place", ["parameters: {{lambda: {}}}", "dtype: {}", "chat_template: {}"])
+def test_numbers_beyond_float64_are_refused(models: Path, number: str, place: str) -> None:
+    (line,) = problems(recipe(models, place.format(number)))
+    assert "a number beyond what float64 can hold" in line
+
+
+@pytest.mark.parametrize("number", ["1e400", ".inf", "-.inf", ".nan"])
+def test_what_is_no_number_of_float32_is_refused(models: Path, number: str) -> None:
+    (line,) = problems(recipe(models, f"parameters: {{lambda: {number}}}"))
+    assert "must be a finite number" in line
+
+
+def test_a_timestamp_out_of_range(models: Path) -> None:
+    date = "0001-01-01 00:00:00+23:59"
+    assert problems(recipe(models, f"parameters: {{lambda: {date}}}"))
+
+
+MANY = "a," * 90_000 + "a"
+BOMBS = {
+    "key": f"? {'k' * 400_000}\n: [{MANY}]\n",
+    "keys": "{" + f"? {'k' * 9000} : {{" * 50 + f"x: [{MANY}]" + "}" * 51,
+    "modules": f"modules: {{ ? {'m' * 400_000} : [{MANY}]}}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_memory_is_bounded_by_the_text(bomb: str) -> None:
+    text = BOMBS[bomb]
+    tracemalloc.start()
+    try:
+        with pytest.raises(STFError, match="many values stand under long keys"):
+            check_recipe(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1000 * len(text)
 
 
 def test_load_recipe(models: Path) -> None:

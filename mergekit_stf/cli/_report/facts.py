@@ -26,6 +26,12 @@ class Notice:
     advice: str
 
 
+NOTHING = Notice(
+    "No weight of any model differs from the base, so nothing was merged.",
+    "Check the paths in the recipe.",
+)
+
+
 @dataclass(frozen=True)
 class Report:
     """All that the page shows.
@@ -53,6 +59,11 @@ class Report:
         """The records that tell of a solve."""
         return [record for record in self.records if record.routes]
 
+    @property
+    def comparable(self) -> list[Record]:
+        """Those of them whose models are the ones that ``labels`` names."""
+        return _of(self.superposed, common_models(self.records))
+
 
 def build(
     title: str,
@@ -63,10 +74,22 @@ def build(
     faults: Sequence[str] = (),
 ) -> Report:
     """Assemble a report; ``output`` and ``faults`` are what the check of the output found."""
-    labels = short_labels(records[0].models) if records else []
+    models = common_models(records)
+    labels = short_labels(models)
     solved = [record for record in records if record.routes]
-    notices = [*map(_fault, faults), *_notices(solved, labels)]
+    found = _notices(solved, _of(solved, models), labels) if records else [NOTHING]
+    notices = [*map(_fault, faults), *found]
     return Report(title, recipe, records, preservation, labels, notices, output)
+
+
+def common_models(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the models that most weights were merged from; slices may have others each."""
+    counts = Counter(tuple(record.models) for record in records)
+    return counts.most_common(1)[0][0] if counts else ()
+
+
+def _of(records: Sequence[Record], models: tuple[str, ...]) -> list[Record]:
+    return [record for record in records if tuple(record.models) == models]
 
 
 def place(name: str) -> tuple[int | None, str]:
@@ -115,10 +138,12 @@ def _fault(fault: str) -> Notice:
     return Notice(f"The output: {fault}.", "docs/safety.md says what is checked and what to do.")
 
 
-def _notices(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Notice]:
-    yield from _duplicates(solved, labels)
+def _notices(
+    solved: Sequence[Record], comparable: Sequence[Record], labels: Sequence[str]
+) -> Iterator[Notice]:
+    yield from _duplicates(comparable, labels)
     yield from _solves(solved)
-    yield from _models(solved, labels)
+    yield from _models(comparable, labels)
 
 
 def _duplicates(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Notice]:

@@ -10,12 +10,12 @@ from mergekit_stf.cli._report.record_plots import alpha, heat_map, memory, secon
 
 def plots(report: Report) -> dict[str, list[Plot]]:
     """Draw every figure for which a report has data."""
-    superposed = report.superposed
+    superposed, several = report.superposed, len(report.labels) > 1
     sections: dict[str, list[Plot]] = {
         "preservation": list(preservation_plots(report.preservation)),
-        "interference": [heat_map(report)] if len(report.labels) > 1 and superposed else [],
+        "interference": [heat_map(report)] if several and report.comparable else [],
         "spectra": [spectra(report)] if superposed else [],
         "alpha": [alpha(superposed)] if superposed else [],
-        "cost": [seconds(report.records), *memory(report.records)],
+        "cost": [seconds(report.records), *memory(report.records)] if report.records else [],
     }
     return {name: drawn for name, drawn in sections.items() if drawn}

@@ -16,7 +16,7 @@ from mergekit_stf.host.diagnostics import Record
 
 
 def heat_map(report: Report) -> Plot:
-    cosine = mean_cosine(report.superposed)
+    cosine = mean_cosine(report.comparable)
     pairs = combinations(range(len(report.labels)), 2)
     i, j = max(pairs, key=lambda pair: abs(cosine[pair[0]][pair[1]]))
     return draw(

@@ -14,6 +14,7 @@ from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.files import replacing, write_text
 from mergekit_stf.host.finished import Finished
+from mergekit_stf.host.network import offline
 from mergekit_stf.host.preservation import Preservation, measure
 
 
@@ -21,6 +22,8 @@ def write_report(
     out: Path, sample: int, output: Path | None, diagnostics: Path | None, device: str, quiet: bool
 ) -> Iterator[str]:
     """Write the page and its figures, and yield a line on each.
+
+    A folder from elsewhere starts no download: models are looked for on this machine only.
 
     Args:
         out: the folder of the merge.
@@ -35,8 +38,10 @@ def write_report(
     """
     finished = Finished(out)
     records = finished.records(diagnostics)
-    measured = _measure(finished, sample, device, quiet) if sample else []
-    report = build(finished.name, finished.text, records, measured, *finished.output_check())
+    with offline():
+        measured = _measure(finished, sample, device, quiet) if sample else []
+        checked = finished.output_check()
+    report = build(finished.name, finished.text, records, measured, *checked)
     sections = plots(report)
     output = output or out / "stf-report.html"
     figures = output.with_suffix("")
