@@ -6,6 +6,12 @@ import torch
 from tests import oracle
 
 CLOSE = ((20, 21), (90, 91, 92), (180, 181))
+BOUND = {
+    "svd": 2e-4,  # a float32 SVD blurs close neighbours; that is why it is no default
+    "gram_float64": 1e-5,
+    "gram_refined": 2e-5,
+    "gram_float32": 2e-4,
+}
 
 
 def spectrum(m, n, s, seed):
@@ -24,10 +30,17 @@ def with_close_runs(seed, gap, shape=(320, 256)):
     return spectrum(*shape, s, seed)
 
 
-def with_equal_lengths(side, spread):
+def with_random_gaps(seed, lowest, side=256):
+    """A matrix all of whose singular values differ by a random part, 10^lowest to 2e-2 or 3e-4."""
+    random = torch.rand(side, generator=torch.Generator().manual_seed(seed)).double()
+    gaps = 10 ** (lowest + (1 if lowest > -5 else 5.3) * random)
+    return spectrum(side, side, torch.exp(-gaps.cumsum(0)), seed)
+
+
+def with_equal_lengths(side, spread, seed=3):
     """A matrix whose singular values are equal, or equal but for a part of this size."""
     random = torch.rand(side, generator=torch.Generator().manual_seed(4))
-    return spectrum(side + 60, side, 1 + spread * random, 3)
+    return spectrum(side + 60, side, 1 + spread * random, seed)
 
 
 def expected(inputs, rank=None):

@@ -29,9 +29,11 @@ def test_every_route_equals_the_oracle(route, shape, density):
     assert error <= {"svd": 1e-3, "gram_float32": 1e-3, "gram_refined": 2e-5}.get(route, 1e-5)
 
 
-@pytest.mark.parametrize("gap", [1e-5, 1e-4, 1e-3])
-def test_close_features_are_told_apart_without_float64(gap):
-    inputs = [with_close_runs(seed, gap) for seed in range(3)]
+@pytest.mark.parametrize("gap", [1e-6, 3e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("shape", [(320, 256), (256, 256), (400, 400)])
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_close_features_are_told_apart_without_float64(gap, shape, first):
+    inputs = [with_close_runs(first + i, gap, shape) for i in range(3)]
     M = superpose([M.cuda() for M in inputs], route="gram_refined").M
     assert distance(M, expected(inputs)) <= 1e-5
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from mergekit_stf.core import decompose, precision, routes, superpose, trim, turning
 from mergekit_stf.core.routes import ROUTES
 from tests.core.cases import (
+    BOUND,
     CLOSE,
     distance,
     expected,
@@ -19,12 +20,6 @@ from tests.core.cases import (
 )
 
 SHAPES = [(48, 48), (96, 40), (40, 96), (1, 33), (33, 1), (1, 1), (257, 64)]
-TOLERANCE = {
-    "svd": 2e-4,  # a float32 SVD blurs close neighbours; that is why it is no default
-    "gram_float64": 1e-5,
-    "gram_refined": 2e-5,
-    "gram_float32": 2e-4,
-}
 
 
 def matrices(shape, tasks, seed=0, density=1.0, shared=0.3):
@@ -46,15 +41,17 @@ def test_equals_the_oracle(shape, tasks):
     assert distance(superpose(inputs).M, expected(inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [(64, 64), (96, 128)])
-def test_equals_the_oracle_for_sixteen_tasks(shape):
-    inputs = matrices(shape, 16, seed=5, shared=0.0)
+def test_equals_the_oracle_for_sixteen_tasks(shape, seed):
+    inputs = matrices(shape, 16, seed, shared=0.0)
     assert distance(superpose(inputs).M, expected(inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("density", [0.5, 0.2, 0.05, 0.01])
-def test_equals_the_oracle_of_trimmed_matrices(density):
-    inputs = matrices((120, 90), 3, seed=8, density=density)
+def test_equals_the_oracle_of_trimmed_matrices(density, seed):
+    inputs = matrices((120, 90), 3, seed, density=density)
     assert distance(superpose(inputs).M, expected(inputs)) <= 1e-5
 
 
@@ -65,7 +62,7 @@ def test_every_route_equals_the_oracle(route, shape, density):
     inputs = matrices(shape, 3, seed=11, density=density)
     result = superpose(inputs, route=route)
     assert set(result.report.routes) == {route}
-    assert distance(result.M, expected(inputs)) <= TOLERANCE[route]
+    assert distance(result.M, expected(inputs)) <= BOUND[route]
 
 
 @pytest.fixture
@@ -79,8 +76,9 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_route_meets_every_constraint(route):
-    inputs = matrices((200, 150), 4, seed=2)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_route_meets_every_constraint(route, seed):
+    inputs = matrices((200, 150), 4, seed)
     M = superpose(inputs, route=route).M.double()
     for matrix in inputs:
         f = decompose(matrix, route=route)
@@ -89,8 +87,9 @@ def test_every_route_meets_every_constraint(route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_route_reproduces_its_matrix(route):
-    (matrix,) = matrices((150, 100), 1, seed=4)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_route_reproduces_its_matrix(route, seed):
+    (matrix,) = matrices((150, 100), 1, seed)
     f = decompose(matrix, route=route)
     back = (f.U.double() * f.s) @ f.Vh.double()
     assert float((back - matrix).norm() / matrix.norm()) <= 2e-6
@@ -101,14 +100,15 @@ def steep(shape):
     return [M * 10.0 ** -torch.linspace(0, 5, shape[1]) for M in matrices(shape, 2, seed=6)]
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("decades", [2, 3, 4])
 @pytest.mark.parametrize("route", ["gram_float32", "gram_refined"])
-def test_left_vectors_of_short_features_are_orthogonal_to_the_others(route, decades):
+def test_left_vectors_of_short_features_are_orthogonal_to_the_others(route, decades, seed):
     """Rounding leaves ``eps s_1`` along them in each image: 1e-3 of one of 1e-4 ``s_1``."""
     s = torch.logspace(0, -decades, 256).double()
-    found = decompose(spectrum(300, 256, s, 0), route=route)
+    found = decompose(spectrum(300, 256, s, seed), route=route)
     apart = found.U.mT @ found.U - torch.eye(found.rank)
-    assert float(apart.abs().max()) <= {"gram_float32": 5e-5, "gram_refined": 5e-6}[route]
+    assert float(apart.abs().max()) <= {"gram_float32": 5e-4, "gram_refined": 5e-6}[route]
 
 
 def test_short_images_are_formed_in_float64(monkeypatch):
@@ -135,8 +135,9 @@ def test_large_matrices_are_converted_part_by_part(monkeypatch, shape):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_low_rank_has_no_more_features(route):
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_low_rank_has_no_more_features(route, seed):
+    generator = torch.Generator().manual_seed(seed)
     inputs = [
         torch.randn(90, 7, generator=generator) @ torch.randn(7, 70, generator=generator)
         for _ in range(3)
@@ -153,9 +154,10 @@ def test_float64_inputs_keep_their_accuracy():
     assert distance(result.M, expected(inputs)) <= 1e-6
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kept", [1, 5, 30])
-def test_keeps_the_leading_features(kept):
-    inputs = matrices((64, 48), 3, seed=9)
+def test_keeps_the_leading_features(kept, seed):
+    inputs = matrices((64, 48), 3, seed)
     result = superpose(inputs, rank=kept if kept > 1 else 1 / 48)
     assert result.report.ranks == (kept,) * 3
     assert distance(result.M, expected(inputs, kept)) <= 1e-5
@@ -248,8 +250,9 @@ def test_report_tells_lengths_and_overlaps():
     assert report.alpha_ratio == tuple(sorted(report.alpha_ratio))
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [(300, 256), (256, 300)])
-def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
+def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, seed, monkeypatch):
     """A card's float32 eigensolver leaves a hundred-thousandth of the matrix, LAPACK less."""
 
     def mixing(gram):
@@ -258,7 +261,7 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
         size = 1e-5 * torch.linalg.norm(gram + gram.tril(-1).mT) / torch.linalg.norm(noise)
         return original(gram + size * (noise + noise.mT) / 2)
 
-    original, inputs = routes.eigen, matrices(shape, 3, seed=12)
+    original, inputs = routes.eigen, matrices(shape, 3, seed)
     monkeypatch.setattr(routes, "eigen", mixing)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
     monkeypatch.setattr(turning, "TURNS", 0)
@@ -267,9 +270,10 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, monkeypatch):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("spread", [0, 1e-6, 1e-4, 1e-2])
-def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route, spread):
+@pytest.mark.parametrize("seed", [3, 4])
+def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route, spread, seed):
     """No basis of them is better than another; whichever is found must be orthonormal."""
-    M = with_equal_lengths(200, spread)
+    M = with_equal_lengths(200, spread, seed)
     found = decompose(M, route=route)
     assert found.rank == 200
     assert float((found.U * found.s @ found.Vh - M).norm() / M.norm()) <= 1e-5
@@ -278,7 +282,7 @@ def test_singular_values_that_are_equal_or_nearly_so_give_the_matrix_back(route,
     assert distance(superpose([M], route=route).M, M.double().numpy()) <= 1e-4
 
 
-@pytest.mark.parametrize("gap", [3e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("gap", [1e-6, 3e-6, 1e-5, 1e-4, 1e-3])
 @pytest.mark.parametrize("shape", [(320, 256), (256, 256)])
 def test_close_features_are_told_apart_without_float64(gap, shape, monkeypatch):
     """Of 4096 random singular values two are now and then this close; float32 cannot tell them."""
@@ -287,6 +291,15 @@ def test_close_features_are_told_apart_without_float64(gap, shape, monkeypatch):
     if gap <= 1e-5:
         monkeypatch.setattr(turning, "CLOSE", 0.0)
         assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
+
+
+@pytest.mark.parametrize("gap", [1e-6, 3e-6, 1e-5])
+def test_close_features_are_not_turned_by_noise(gap):
+    """A turn by noise would be one of up to half a radian, after which nothing settles."""
+    M = with_close_runs(0, gap)
+    Vh = torch.linalg.svd(M, full_matrices=False).Vh
+    _, largest = turning.turned(turning.images(M, Vh), Vh)
+    assert largest <= turning.APART
 
 
 def mixed_within(runs, Vh):
