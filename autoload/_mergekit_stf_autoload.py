@@ -41,7 +41,7 @@ def arm() -> None:
 def activate() -> None:
     """Register the method with the host, or do nothing if only this file is left of us."""
     try:
-        from mergekit_stf.host.autoload import activate as register_or_warn
+        from mergekit_stf.host.plugin.autoload import activate as register_or_warn
     except ModuleNotFoundError:
         return
     except Exception as error:  # whatever is wrong with us, the import of the host goes on

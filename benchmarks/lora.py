@@ -42,8 +42,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_stf.host.adapter_run import merge_to_adapter, merge_to_model
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.recipe.recipe import check_recipe
+from mergekit_stf.host.run.lora import merge_to_adapter, merge_to_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-5

@@ -25,7 +25,7 @@ from harness import parser, peak_of, shown, spread, write
 from whole_merge import make, recipe
 
 from mergekit_stf.cli.main import main as mergekit_stf
-from mergekit_stf.host import merging
+from mergekit_stf.host.run import merge as merging
 
 OPTIONS = ["--quiet", "--no-copy-tokenizer"]
 

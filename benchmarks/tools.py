@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from whole_merge import make, recipe
 
 from mergekit_stf.core import superpose
-from mergekit_stf.host import diagnostics
+from mergekit_stf.host.diagnostics import records as diagnostics
 
 POINTS = "0.4:1.2:0.1"
 NEAR = 1.5

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_stf.core import trim
-from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.merging.kinds import rule_for
 
 METHODS = ["stf", "ties", "task_arithmetic", "straightforward"]
 

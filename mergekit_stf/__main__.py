@@ -10,7 +10,7 @@ import sys
 def run() -> None:
     """Run the command line, without a traceback when it is interrupted or nobody reads it."""
     try:
-        from mergekit_stf.cli.errors import UNREAD
+        from mergekit_stf.cli.common.errors import UNREAD
         from mergekit_stf.cli.main import main
 
         main(prog_name="mergekit-stf")

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mergekit_stf.host.merging", "mergekit_stf.cli.main"])
+CONTEXT.set_forkserver_preload(["mergekit_stf.host.run.merge", "mergekit_stf.cli.main"])
 
 
 @dataclass
@@ -61,7 +61,7 @@ def _command(words: list[str], log: str, pretend_free: bool) -> None:
     import torch
 
     from mergekit_stf.cli.main import main
-    from mergekit_stf.host import preflight
+    from mergekit_stf.host.planning import preflight
 
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)

@@ -11,7 +11,7 @@ from tests.environments import ROOT, STARTUP, Environment
 
 CODEC_OF_EVERY_PTH_FILE = "encodings.utf_8_sig"  # from Python 3.13 on
 HOST = "mergekit/merge_methods/__init__.py"
-PACKAGE = "mergekit_stf/host/autoload.py"
+PACKAGE = "mergekit_stf/host/plugin/autoload.py"
 COUNT = "import sys; sys.activations = getattr(sys, 'activations', 0) + 1"
 REPORT = "import sys; print(getattr(sys, 'activations', 0))"
 FINDERS = "import sys; print([type(f).__name__ for f in sys.meta_path].count('HostFinder'))"

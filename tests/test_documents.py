@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mergekit_stf.cli.main import COMMANDS
-from mergekit_stf.host.parameters import IGNORED
+from mergekit_stf.host.plugin.parameters import IGNORED
 from tests.environments import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.recipe.recipe import check_recipe
 from tests.environments import ROOT
 from tests.host.models import VOCABULARY, save_family
 from tests.host.peft_adapters import GPT2_LINEAR, on_base, save_adapter

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from mergekit_stf.cli.errors import FAULT
+from mergekit_stf.cli.common.errors import FAULT
 from mergekit_stf.cli.main import main
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.recipe.recipe import check_recipe
 from tests.host.models import Checkpoints, build, save_model
 
 WORDS = st.sampled_from(

@@ -12,7 +12,7 @@ import pytest
 from tests.environments import ROOT
 
 PACKAGE = ROOT / "mergekit_stf"
-LAYERS = ["core", "host", "cli"]
+LAYERS = ["core", "host", "demo", "report", "sweep", "cli"]
 OURS = "mergekit_stf"
 
 
@@ -46,7 +46,9 @@ def test_every_file_is_seen() -> None:
     assert {path.parts[0] for path, _ in edges() if len(path.parts) > 1} == set(LAYERS)
     names = set(imported(PACKAGE / "host" / "__init__.py"))
     assert "mergekit.merge_methods" in names
-    assert "mergekit_stf.host.method" in set(imported(PACKAGE / "host" / "autoload.py"))
+    assert "mergekit_stf.host.plugin.method" in set(
+        imported(PACKAGE / "host" / "plugin" / "autoload.py")
+    )
 
 
 @pytest.mark.parametrize(("lower", "upper"), [("core", "host"), ("core", "cli"), ("host", "cli")])

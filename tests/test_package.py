@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_stf import __version__
-from mergekit_stf.host.autoload import REQUIREMENT, is_supported
+from mergekit_stf.host.plugin.autoload import REQUIREMENT, is_supported
 from tests.environments import ROOT, STARTUP, Environment, attempt, build_editable
 from tests.host.models import save_family
 
@@ -87,11 +87,11 @@ def test_the_host_finds_the_method(installed: Environment) -> None:
     ("switch", "code"),
     [
         ("0", "import mergekit_stf"),
-        ("0", "import mergekit_stf.host.method"),
+        ("0", "import mergekit_stf.host.plugin.method"),
         (
             "1",
             "import mergekit.merge_methods as m, importlib; importlib.reload(m)\n"
-            "import mergekit_stf.host.method as s; s.register(); s.register()",
+            "import mergekit_stf.host.plugin.method as s; s.register(); s.register()",
         ),
     ],
     ids=["package", "method", "everything twice"],
@@ -106,7 +106,12 @@ def test_an_import_of_ours_is_enough_and_changes_nothing_else(
 
 
 def test_threads_may_import_both_at_once(installed: Environment) -> None:
-    names = ["mergekit.merge_methods", "mergekit_stf.host.method", "mergekit_stf", "mergekit.plan"]
+    names = [
+        "mergekit.merge_methods",
+        "mergekit_stf.host.plugin.method",
+        "mergekit_stf",
+        "mergekit.plan",
+    ]
     code = (
         "from importlib import import_module\nfrom concurrent.futures import ThreadPoolExecutor\n"
         f"with ThreadPoolExecutor(8) as pool: list(pool.map(import_module, {names * 2}))\n"

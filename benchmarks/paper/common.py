@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from mergekit_stf.cli.demo_corpus import Split
-from mergekit_stf.cli.demo_models import load_model, save_model
-from mergekit_stf.cli.demo_texts import KINDS
-from mergekit_stf.cli.demo_training import (
+from mergekit_stf.core import trim
+from mergekit_stf.demo.corpus import Split
+from mergekit_stf.demo.models import load_model, save_model
+from mergekit_stf.demo.texts import KINDS
+from mergekit_stf.demo.training import (
     Settings,
     bits_per_byte,
     torch_threads,
     train_base,
     train_specialist,
 )
-from mergekit_stf.core import trim
-from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.merging.kinds import rule_for
 
 StateDict = dict[str, torch.Tensor]
 

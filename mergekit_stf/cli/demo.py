@@ -9,15 +9,15 @@ import click
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from mergekit_stf.cli.demo_merging import METHODS
-from mergekit_stf.cli.demo_run import MARK, Results, clear, model_losses, run_demo, total_steps
-from mergekit_stf.cli.demo_training import Settings
-from mergekit_stf.cli.errors import Terminated
-from mergekit_stf.cli.out_folder import OutFolder
-from mergekit_stf.cli.terminal import echo
+from mergekit_stf.cli.common.errors import Terminated
+from mergekit_stf.cli.common.out_folder import OutFolder
+from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.out_folder import out_folder
-from mergekit_stf.host.signals import add_note
+from mergekit_stf.demo.merging import METHODS
+from mergekit_stf.demo.run import MARK, Results, clear, model_losses, run_demo, total_steps
+from mergekit_stf.demo.training import Settings
+from mergekit_stf.host.outputs.out_folder import out_folder
+from mergekit_stf.host.run.signals import add_note
 
 
 @click.command("demo")

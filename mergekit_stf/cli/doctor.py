@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_stf.cli.terminal import echo, echo_json
+from mergekit_stf.cli.common.terminal import echo, echo_json
 
 if TYPE_CHECKING:
-    from mergekit_stf.host.health import Health
+    from mergekit_stf.host.plugin.health import Health
 
 
 @click.command("doctor")
@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
     Example:
       mergekit-stf doctor
     """
-    from mergekit_stf.host.health import examine
+    from mergekit_stf.host.plugin.health import examine
 
     health = examine()
     if as_json:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli.out_folder import OutFolder
-from mergekit_stf.cli.terminal import echo
-from mergekit_stf.host.adapter_file import total_error
-from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
-from mergekit_stf.host.options import MergeOptions, ShardSizeParamType
-from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.cli.common.out_folder import OutFolder
+from mergekit_stf.cli.common.terminal import echo
+from mergekit_stf.host.lora.adapter_file import total_error
+from mergekit_stf.host.plugin.options import MergeOptions, ShardSizeParamType
+from mergekit_stf.host.recipe.recipe import load_recipe
+from mergekit_stf.host.run.lora import AdapterMerge, merge_to_adapter, merge_to_model
 
 
 @click.command("lora")

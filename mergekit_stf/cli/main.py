@@ -10,8 +10,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from mergekit_stf import __version__
-from mergekit_stf.cli.errors import ending_at_once, one_line
-from mergekit_stf.cli.terminal import guarded
+from mergekit_stf.cli.common.errors import ending_at_once, one_line
+from mergekit_stf.cli.common.terminal import guarded
 
 COMMANDS = {
     "demo": "Train a tiny base and its specialists, merge them, and print what each merge does.",

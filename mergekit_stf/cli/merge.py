@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli.out_folder import OutFolder
-from mergekit_stf.cli.store_options import add_store_options
-from mergekit_stf.cli.terminal import echo
-from mergekit_stf.host.lock import FILE_NAME
-from mergekit_stf.host.merging import StoreOptions, merge
-from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.cli.common.out_folder import OutFolder
+from mergekit_stf.cli.common.store_options import add_store_options
+from mergekit_stf.cli.common.terminal import echo
+from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit_stf.host.provenance.lock import FILE_NAME
+from mergekit_stf.host.recipe.recipe import load_recipe
+from mergekit_stf.host.run.merge import StoreOptions, merge
 
 
 @click.command("merge", cls=PrettyPrintHelp)

@@ -9,20 +9,20 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
-from mergekit_stf.cli._report.sample import spread
-from mergekit_stf.cli.terminal import echo, echo_json
+from mergekit_stf.cli.common.terminal import echo, echo_json
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.adapter_copies import copy_adapters, plan_adapters_as_bases
-from mergekit_stf.host.all_weights import check_quantised
-from mergekit_stf.host.coverage import unguarded
-from mergekit_stf.host.estimate import Estimate, by_rule, estimate
-from mergekit_stf.host.inputs import input_models
-from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from mergekit_stf.host.planned import PlannedWeight, plan_weights
-from mergekit_stf.host.preflight import amount, preflight
-from mergekit_stf.host.probe import Probe, probe
-from mergekit_stf.host.recipe import load_recipe
-from mergekit_stf.host.store import Store
+from mergekit_stf.host.adapters.copies import copy_adapters, plan_adapters_as_bases
+from mergekit_stf.host.architectures.all_weights import check_quantised
+from mergekit_stf.host.architectures.coverage import unguarded
+from mergekit_stf.host.checkpoints.inputs import input_models
+from mergekit_stf.host.planning.estimate import Estimate, by_rule, estimate
+from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
+from mergekit_stf.host.planning.preflight import amount, preflight
+from mergekit_stf.host.planning.probe import Probe, probe
+from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit_stf.host.recipe.recipe import load_recipe
+from mergekit_stf.host.store.store import Store
+from mergekit_stf.report.sample import spread
 
 COSTLIEST = 5
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli.terminal import echo
+from mergekit_stf.cli.common.terminal import echo
 
 EXTRA = ("jinja2", "matplotlib")
 DEFAULT_SAMPLE = 48
@@ -57,7 +57,7 @@ def command(
       mergekit-stf report merged/ --sample 0
     """
     _require_extra()
-    from mergekit_stf.cli._report.write import write_report
+    from mergekit_stf.report.write import write_report
 
     for line in write_report(out, sample, output, diagnostics, device, quiet):
         echo(line)

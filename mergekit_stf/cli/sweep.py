@@ -9,23 +9,23 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli._sweep.evaluate import Evaluation, evaluate
-from mergekit_stf.cli._sweep.table import Row, lines, write_best, write_table
-from mergekit_stf.cli.errors import Terminated
-from mergekit_stf.cli.out_folder import OutFolder
-from mergekit_stf.cli.store_options import add_store_options
-from mergekit_stf.cli.terminal import echo
+from mergekit_stf.cli.common.errors import Terminated
+from mergekit_stf.cli.common.out_folder import OutFolder
+from mergekit_stf.cli.common.store_options import add_store_options
+from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.grid import Point, parse_values, points, replaced
-from mergekit_stf.host.lock import FILE_NAME, read_lock
-from mergekit_stf.host.lock_check import differences
-from mergekit_stf.host.lock_conditions import Options
-from mergekit_stf.host.merging import StoreOptions, merge
-from mergekit_stf.host.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from mergekit_stf.host.out_folder import out_folder
-from mergekit_stf.host.recipe import load_recipe
-from mergekit_stf.host.signals import add_note
-from mergekit_stf.host.store import Store
+from mergekit_stf.host.outputs.out_folder import out_folder
+from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit_stf.host.provenance.conditions import Options
+from mergekit_stf.host.provenance.lock import FILE_NAME, read_lock
+from mergekit_stf.host.provenance.lock_check import differences
+from mergekit_stf.host.recipe.grid import Point, parse_values, points, replaced
+from mergekit_stf.host.recipe.recipe import load_recipe
+from mergekit_stf.host.run.merge import StoreOptions, merge
+from mergekit_stf.host.run.signals import add_note
+from mergekit_stf.host.store.store import Store
+from mergekit_stf.sweep.evaluate import Evaluation, evaluate
+from mergekit_stf.sweep.table import Row, lines, write_best, write_table
 
 
 def values_of(
@@ -170,7 +170,7 @@ def _finish(rows: Sequence[Row], out: Path, evaluation: Evaluation | None) -> No
     if importlib.util.find_spec("matplotlib") is None:
         echo("no plot: pip install 'mergekit-stf[report]'")
     else:
-        from mergekit_stf.cli._sweep.plot import write_plot
+        from mergekit_stf.sweep.plot import write_plot
 
         echo(f"{write_plot(rows, out)}: the scores as a plot")
     echo(f"{write_best(rows, out, evaluation.lower_is_better)}: the best recipe")

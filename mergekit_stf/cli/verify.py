@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from mergekit_stf.cli.errors import DIFFERENT, Terminated
-from mergekit_stf.cli.terminal import echo
+from mergekit_stf.cli.common.errors import DIFFERENT, Terminated
+from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.lock import FILE_NAME, Lock, read_lock
-from mergekit_stf.host.lock_check import differences
+from mergekit_stf.host.provenance.lock import FILE_NAME, Lock, read_lock
+from mergekit_stf.host.provenance.lock_check import differences
 
 
 @click.command("verify")
@@ -55,7 +55,7 @@ def command(
 def _rebuilt(
     lock: Lock, out: Path, scratch: Path | None, cache: str | None, trust: bool
 ) -> list[str]:
-    from mergekit_stf.host.rebuild import rebuild
+    from mergekit_stf.host.run.rebuild import rebuild
 
     if lock.options.trust_remote_code and not trust:
         raise STFError(f"{out} was merged with --trust-remote-code; say so here to rebuild it")

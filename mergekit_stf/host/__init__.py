@@ -7,6 +7,6 @@ would meet a half-imported ``host.method``.
 
 import mergekit.merge_methods  # noqa: F401
 
-from mergekit_stf.host.autoload import activate
+from mergekit_stf.host.plugin.autoload import activate
 
 activate()

@@ -19,15 +19,19 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_stf.cli import demo, demo_corpus, demo_merging, demo_run, demo_texts
-from mergekit_stf.cli.demo_corpus import Split, corpus, encode, split_documents
-from mergekit_stf.cli.demo_models import build_models, byte_tokenizer
-from mergekit_stf.cli.demo_run import Results
-from mergekit_stf.cli.demo_texts import KINDS
-from mergekit_stf.cli.demo_training import Settings, rows_for_specialist
-from mergekit_stf.cli.errors import INTERRUPTED, WRONG
+from mergekit_stf.cli import demo
+from mergekit_stf.cli.common.errors import INTERRUPTED, WRONG
 from mergekit_stf.cli.main import main
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.demo import corpus as demo_corpus
+from mergekit_stf.demo import merging as demo_merging
+from mergekit_stf.demo import run as demo_run
+from mergekit_stf.demo import texts as demo_texts
+from mergekit_stf.demo.corpus import Split, corpus, encode, split_documents
+from mergekit_stf.demo.models import build_models, byte_tokenizer
+from mergekit_stf.demo.run import Results
+from mergekit_stf.demo.texts import KINDS
+from mergekit_stf.demo.training import Settings, rows_for_specialist
 
 KINDS_OF_DEMO = ("python", "prose", "unicode")
 SHORT = Settings(
@@ -181,7 +185,7 @@ def test_no_block_of_text_stands_in_two_splits(kind: str) -> None:
 
 def test_text_does_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import hashlib, itertools; from mergekit_stf.cli.demo_texts import KINDS;"
+        "import hashlib, itertools; from mergekit_stf.demo.texts import KINDS;"
         "text = [b() for k in ('bytecode', 'json') for _, b in itertools.islice(KINDS[k](), 40)];"
         "print(hashlib.sha256(repr(text).encode('utf8', 'replace')).hexdigest())"
     )

@@ -9,7 +9,7 @@ import torch
 
 from mergekit_stf import __version__
 from mergekit_stf.core.decompose import choose_route
-from mergekit_stf.host import health
+from mergekit_stf.host.plugin import health
 from tests.cli.merges import run
 
 

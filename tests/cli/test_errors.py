@@ -10,7 +10,7 @@ import click
 import pytest
 from mergekit.common import dtype_from_name
 
-from mergekit_stf.cli import errors
+from mergekit_stf.cli.common import errors
 from mergekit_stf.core.errors import STFError
 from tests.cli.merges import run
 

@@ -14,7 +14,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.main import main
-from mergekit_stf.host import diagnostics
+from mergekit_stf.host.diagnostics import records as diagnostics
 from tests.host import peft_adapters as made
 from tests.host.models import gpt2, llama, save_model
 

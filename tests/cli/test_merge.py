@@ -20,10 +20,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_stf.cli.main import main
-from mergekit_stf.host import merging
-from mergekit_stf.host.lock import file_record, output_names, read_lock, write_lock
-from mergekit_stf.host.merging import OrderedConfiguration
-from mergekit_stf.host.store import active
+from mergekit_stf.host.provenance.lock import file_record, output_names, read_lock, write_lock
+from mergekit_stf.host.run import merge as merging
+from mergekit_stf.host.run.merge import OrderedConfiguration
+from mergekit_stf.host.store.store import active
 from tests.host.models import Checkpoints, lay_out, save_family
 from tests.host.peft_adapters import save_adapter
 

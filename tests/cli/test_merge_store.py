@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_stf.host import store_entry
-from mergekit_stf.host.store_entry import write_entry
+from mergekit_stf.host.store import entry as store_entry
+from mergekit_stf.host.store.entry import write_entry
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.host.models import Checkpoints
 

@@ -15,8 +15,8 @@ from mergekit.io.tasks import SaveTensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_stf.host.files import sha256_of
-from mergekit_stf.host.output_check import OutputCheck
+from mergekit_stf.host.checkpoints.files import sha256_of
+from mergekit_stf.host.outputs.check import OutputCheck
 from tests.cli.merges import run, write_recipe
 from tests.host import peft_adapters as made
 from tests.host.merging import reload

@@ -16,12 +16,12 @@ from mergekit_stf.cli.plan import duration
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.gram import blocks_size
 from mergekit_stf.core.threads import workspace
-from mergekit_stf.host import calibrate, estimate
-from mergekit_stf.host.calibrate import EXPONENT, Kind, _rank, kind_of, measure_kinds
-from mergekit_stf.host.options import MergeOptions
-from mergekit_stf.host.planned import plan_weights
-from mergekit_stf.host.probe import probe
-from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.host.planning import calibrate, estimate
+from mergekit_stf.host.planning.calibrate import EXPONENT, Kind, _rank, kind_of, measure_kinds
+from mergekit_stf.host.planning.planned import plan_weights
+from mergekit_stf.host.planning.probe import probe
+from mergekit_stf.host.plugin.options import MergeOptions
+from mergekit_stf.host.recipe.recipe import load_recipe
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.host.classes import configuration
 from tests.host.models import Checkpoints, build, llama, perturb, save_model, tensors_of
@@ -341,7 +341,7 @@ def test_a_number_of_features_shrinks_with_the_side() -> None:
 
 
 def test_the_memory_of_a_parent_does_not_count() -> None:
-    code = "from mergekit_stf.host.record_numbers import peak_rss; print(peak_rss())"
+    code = "from mergekit_stf.host.diagnostics.numbers import peak_rss; print(peak_rss())"
     filler = torch.ones(2**28)
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert 10**7 < peak < filler.nbytes

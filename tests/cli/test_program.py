@@ -15,8 +15,10 @@ from click.testing import Result
 
 from mergekit_stf import __version__
 from mergekit_stf.cli import plan, sweep, verify
-from mergekit_stf.cli._report import write
-from mergekit_stf.host import adapter_run, merging, workspace
+from mergekit_stf.host.outputs import workspace
+from mergekit_stf.host.run import lora as adapter_run
+from mergekit_stf.host.run import merge as merging
+from mergekit_stf.report import write
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.host.models import Checkpoints
 from tests.host.peft_adapters import save_adapter

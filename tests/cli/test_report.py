@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_stf.cli._report.facts import build, place, without_common_start
-from mergekit_stf.cli._report.page import render, significant
-from mergekit_stf.cli._report.plots import plots
-from mergekit_stf.cli._report.sample import spread
 from mergekit_stf.core.superpose import superpose
-from mergekit_stf.host import finished
-from mergekit_stf.host.diagnostics import Record
-from mergekit_stf.host.finished import Finished
-from mergekit_stf.host.options import MergeOptions
-from mergekit_stf.host.planned import plan_weights
-from mergekit_stf.host.preservation import METHODS, RIVALS, Preservation, measure
-from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.host.diagnostics import finished
+from mergekit_stf.host.diagnostics.finished import Finished
+from mergekit_stf.host.diagnostics.preservation import METHODS, RIVALS, Preservation, measure
+from mergekit_stf.host.diagnostics.records import Record
+from mergekit_stf.host.planning.planned import plan_weights
+from mergekit_stf.host.plugin.options import MergeOptions
+from mergekit_stf.host.recipe.recipe import load_recipe
+from mergekit_stf.report.facts import build, place, without_common_start
+from mergekit_stf.report.page import render, significant
+from mergekit_stf.report.plots import plots
+from mergekit_stf.report.sample import spread
 from tests.cli.browser import ask
 from tests.cli.merges import run, tiny_models, write_recipe
 
@@ -59,7 +59,7 @@ def records(count: int = 6, **changes: object) -> list[Record]:
 
 
 def one_record(name: str, report: object) -> Record:
-    from mergekit_stf.host.record_numbers import summary
+    from mergekit_stf.host.diagnostics.numbers import summary
 
     return Record(
         name=name,

@@ -19,7 +19,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.lock import read_lock
+from mergekit_stf.host.provenance.lock import read_lock
 from tests.cli.merges import run, write_recipe
 from tests.host import peft_adapters as made
 from tests.host.merging import LAMBDA, worst_error

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import digests as digests_module
-from mergekit_stf.host import weights
-from mergekit_stf.host.grid import parse_values, points, replaced
-from mergekit_stf.host.lock import read_lock
-from mergekit_stf.host.recipe import load_recipe
+from mergekit_stf.host.merging import weights
+from mergekit_stf.host.provenance import digests as digests_module
+from mergekit_stf.host.provenance.lock import read_lock
+from mergekit_stf.host.recipe.grid import parse_values, points, replaced
+from mergekit_stf.host.recipe.recipe import load_recipe
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.host.models import Checkpoints
 

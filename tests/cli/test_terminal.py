@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from mergekit_stf.cli.terminal import Guarded, echo, echo_json, guarded
+from mergekit_stf.cli.common.terminal import Guarded, echo, echo_json, guarded
 from tests import processes
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.environments import ROOT

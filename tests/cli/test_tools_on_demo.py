@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_stf.cli.demo_models import build_models
-from mergekit_stf.cli.demo_training import Settings
-from mergekit_stf.host.finished import Finished
-from mergekit_stf.host.preservation import RIVALS, measure
+from mergekit_stf.demo.models import build_models
+from mergekit_stf.demo.training import Settings
+from mergekit_stf.host.diagnostics.finished import Finished
+from mergekit_stf.host.diagnostics.preservation import RIVALS, measure
 from tests.cli.merges import run, write_recipe
 from tests.host.models import Checkpoints
 

@@ -18,9 +18,9 @@ from mergekit.options import MergeOptions
 from mergekit_stf.cli.main import main
 from mergekit_stf.core import precision
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.lock import read_lock, text_digest
-from mergekit_stf.host.lock_conditions import NOT_RECORDED, Options
-from mergekit_stf.host.network import offline
+from mergekit_stf.host.provenance.conditions import NOT_RECORDED, Options
+from mergekit_stf.host.provenance.lock import read_lock, text_digest
+from mergekit_stf.host.run.network import offline
 from tests.host.models import save_family
 
 

@@ -13,7 +13,7 @@ import mergekit
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
 
 from mergekit_stf.host import architectures
-from mergekit_stf.host.exact import ExactArchitecture, weights_of
+from mergekit_stf.host.architectures.exact import ExactArchitecture, weights_of
 from tests.host.classes import AUDITED, meta_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"

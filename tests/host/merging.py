@@ -16,7 +16,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from transformers import PreTrainedModel
 
-from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.merging.kinds import rule_for
 from tests import oracle
 from tests.host.models import Checkpoints
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import mergekit_stf.host
-from mergekit_stf.host.exact import weights_of, without_ties
-from mergekit_stf.host.loading import hollow_model
+from mergekit_stf.host.architectures.exact import weights_of, without_ties
+from mergekit_stf.host.architectures.loading import hollow_model
 from tests.host.classes import SMALL, configuration
 
 FOLDER = Path(mergekit_stf.host.__file__).parent / "architectures"

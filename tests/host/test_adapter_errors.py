@@ -15,10 +15,10 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import adapter_patterns
-from mergekit_stf.host.adapters import read_adapter
-from mergekit_stf.host.merging import merge
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.adapters import patterns as adapter_patterns
+from mergekit_stf.host.adapters.read import read_adapter
+from mergekit_stf.host.recipe.recipe import check_recipe
+from mergekit_stf.host.run.merge import merge
 from tests.host import peft_adapters as made
 from tests.host.models import llama, mixtral, save_model
 from tests.host.test_adapters import merged

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mergekit_stf.cli.plan import make_plan
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.adapter_names import Known, resolve
-from mergekit_stf.host.merging import merge
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.adapters.names import Known, resolve
+from mergekit_stf.host.recipe.recipe import check_recipe
+from mergekit_stf.host.run.merge import merge
 from tests.host import merging
 from tests.host import peft_adapters as made
 from tests.host.models import TEXT, gpt2, llama, save_model, t5

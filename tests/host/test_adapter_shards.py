@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import adapter_shards
-from mergekit_stf.host.adapter_shards import SyncedFile, write_shards
-from mergekit_stf.host.headers import Header
+from mergekit_stf.host.checkpoints import shards as adapter_shards
+from mergekit_stf.host.checkpoints.headers import Header
+from mergekit_stf.host.checkpoints.shards import SyncedFile, write_shards
 
 TYPES = [t for t in adapter_shards.CODES if not t.is_floating_point and t != torch.complex64]
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

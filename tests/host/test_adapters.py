@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import adapter_model, coverage
-from mergekit_stf.host.adapter_ahead import Ahead
-from mergekit_stf.host.adapter_file import total_error
-from mergekit_stf.host.adapter_run import AdapterMerge, merge_to_adapter, merge_to_model
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.architectures import coverage
+from mergekit_stf.host.lora import model as adapter_model
+from mergekit_stf.host.lora.adapter_file import total_error
+from mergekit_stf.host.lora.ahead import Ahead
+from mergekit_stf.host.recipe.recipe import check_recipe
+from mergekit_stf.host.run.lora import AdapterMerge, merge_to_adapter, merge_to_model
 from tests import oracle
 from tests.host import peft_adapters as made
 from tests.host.models import gpt2, llama, save_family, save_model, vit

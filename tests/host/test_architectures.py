@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from mergekit_stf.host import architectures
-from mergekit_stf.host.exact import ExactArchitecture
-from mergekit_stf.host.fitted import FittedArchitecture
-from mergekit_stf.host.loading import ParameterNames, hollow_model
+from mergekit_stf.host.architectures.exact import ExactArchitecture
+from mergekit_stf.host.architectures.fitted import FittedArchitecture
+from mergekit_stf.host.architectures.loading import ParameterNames, hollow_model
 from tests.environments import run
 from tests.host import audit, tables
 from tests.host.classes import AUDITED, configuration

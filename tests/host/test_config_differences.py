@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mergekit.config import MergeConfiguration
 
-from mergekit_stf.host.config_differences import config_differences
+from mergekit_stf.host.planning.config_differences import config_differences
 from tests.cli.merges import run, write_recipe
 from tests.host.merging import recipe
 from tests.host.models import Checkpoints, llama, save_family, save_model

@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import coverage, unused
+from mergekit_stf.host.architectures import coverage, unused
 from tests.host.classes import configuration
 from tests.host.merging import merge, recipe, reload
 from tests.host.models import Checkpoints, build, llama, save_family, save_model
@@ -82,7 +82,7 @@ def test_loss_is_a_warning_where_the_user_allows_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv(coverage.ALLOW_LOSS, "1")
-    with caplog.at_level(logging.WARNING, "mergekit_stf.host.coverage"):
+    with caplog.at_level(logging.WARNING, "mergekit_stf.host.architectures.coverage"):
         merge(recipe(biased), tmp_path / "out")
     assert "14 weights would be missing" in caplog.text
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == 21

@@ -13,7 +13,7 @@ import torch
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import spectrum_ranks
 from mergekit_stf.core.superpose import Report, superpose
-from mergekit_stf.host import diagnostics
+from mergekit_stf.host.diagnostics import records as diagnostics
 from tests.environments import ROOT
 
 CPU = torch.device("cpu")

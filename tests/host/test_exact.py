@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mergekit_stf.host.exact import ExactArchitecture, weights_of
-from mergekit_stf.host.loading import ParameterNames, hollow_model
+from mergekit_stf.host.architectures.exact import ExactArchitecture, weights_of
+from mergekit_stf.host.architectures.loading import ParameterNames, hollow_model
 from tests.host.classes import configuration, meta_model
 from tests.host.merging import merge, recipe
 from tests.host.models import Checkpoints, build, save_model

@@ -12,10 +12,10 @@ from mergekit.common import ModelPath, ModelReference
 from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.adapter_run import merge_to_adapter, merge_to_model
-from mergekit_stf.host.finite import copied, is_finite, rounded
-from mergekit_stf.host.options import MergeOptions
-from mergekit_stf.host.recipe import check_recipe
+from mergekit_stf.host.merging.finite import copied, is_finite, rounded
+from mergekit_stf.host.plugin.options import MergeOptions
+from mergekit_stf.host.recipe.recipe import check_recipe
+from mergekit_stf.host.run.lora import merge_to_adapter, merge_to_model
 from tests.host import peft_adapters as made
 from tests.host.merging import merge, recipe
 from tests.host.models import Checkpoints, save_family

@@ -13,8 +13,9 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_stf.core import STFError, half
-from mergekit_stf.host import diagnostics, notices
-from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.diagnostics import notices
+from mergekit_stf.host.diagnostics import records as diagnostics
+from mergekit_stf.host.merging.kinds import rule_for
 from tests import oracle
 from tests.host.models import save_family
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.dequantised import scaled
+from mergekit_stf.host.checkpoints.dequantised import scaled
 from tests.cli.merges import run, write_recipe
 from tests.host.merging import merge, recipe, reload
 from tests.host.models import TEXT, Checkpoints, build, llama, qwen3_moe, save_model

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.parameters import PARAMETERS
-from mergekit_stf.host.recipe import Recipe, check_recipe, load_recipe
+from mergekit_stf.host.plugin.parameters import PARAMETERS
+from mergekit_stf.host.recipe.recipe import Recipe, check_recipe, load_recipe
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_stf.host.exact import weights_of
-from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.architectures.exact import weights_of
+from mergekit_stf.host.merging.kinds import rule_for
 from tests.host.audit import EXCEPTIONS
 from tests.host.classes import AUDITED, meta_model
 from tests.host.merging import vocabulary_axes

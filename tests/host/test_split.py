@@ -10,7 +10,7 @@ import transformers
 from mergekit.merge_methods import merge_state_dicts
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.split import parse
+from mergekit_stf.host.merging.split import parse
 from tests import oracle
 from tests.host.merging import LAMBDA, merge, parameters, recipe
 from tests.host.models import save_family

@@ -14,9 +14,9 @@ import torch
 
 from mergekit_stf.core import precision
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import store as module
-from mergekit_stf.host import store_entry
-from mergekit_stf.host.store import Store, active, using
+from mergekit_stf.host.store import entry as store_entry
+from mergekit_stf.host.store import store as module
+from mergekit_stf.host.store.store import Store, active, using
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from mergekit_stf.host.rules import rule_for
+from mergekit_stf.host.merging.kinds import rule_for
 from tests.cli.merges import run, write_recipe
 from tests.host.merging import State, expected, merge, recipe, relative_error
 from tests.host.models import TEXT, Checkpoints, build, save_model
@@ -206,4 +206,4 @@ def test_the_host_asks_us_whatever_is_imported_first(first: str) -> None:
         "print(mergekit.merge.get_architecture_info.__module__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["mergekit_stf.host.all_weights"]
+    assert done.stdout.split() == ["mergekit_stf.host.architectures.all_weights"]

@@ -17,10 +17,12 @@ import pytest
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host import files, out_folder, publish, store_entry, workspace
-from mergekit_stf.host.lock import make_lock, write_lock
-from mergekit_stf.host.store import Store
-from mergekit_stf.host.workspace import Workspace
+from mergekit_stf.host.checkpoints import files
+from mergekit_stf.host.outputs import out_folder, publish, workspace
+from mergekit_stf.host.outputs.workspace import Workspace
+from mergekit_stf.host.provenance.lock import make_lock, write_lock
+from mergekit_stf.host.store import entry as store_entry
+from mergekit_stf.host.store.store import Store
 from tests.processes import CONTEXT
 
 TRACED = {module.__file__ for module in (publish, workspace)}

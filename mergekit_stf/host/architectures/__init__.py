@@ -19,8 +19,8 @@ from mergekit.architecture.json_definitions import (
     _load_architecture_json,
 )
 
-from mergekit_stf.host.exact import ExactArchitecture
-from mergekit_stf.host.fitted import FittedArchitecture
+from mergekit_stf.host.architectures.exact import ExactArchitecture
+from mergekit_stf.host.architectures.fitted import FittedArchitecture
 
 SWITCH = "MERGEKIT_STF_TABLES"
 """Environment variable: set to 0, the host keeps its own tables and gets none of ours."""

@@ -1,0 +1,146 @@
+"""How well a merge preserves task-specific features: the paper's appendix A.
+
+For every feature ``(σ, u, v)`` of every task matrix, ``|⟨σu, M̄v − σu⟩| = σ |uᵀM̄v − σ|``, where
+M̄ is a method's merged task matrix without scaling (λ = 1). Zero means that the merged matrix
+still answers v with σu, and that all else in the answer is orthogonal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.api import merge_tensors
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.merging.tasks import Task, deltas
+from mergekit_stf.host.merging.weights import superposed
+from mergekit_stf.host.planning.planned import PlannedWeight
+
+RIVALS = ("linear", "task_arithmetic", "ties")
+METHODS = ("stf", *RIVALS)
+STORED = "stored"
+
+
+@dataclass(frozen=True)
+class Preservation:
+    """The preservation error of one weight.
+
+    Attributes:
+        name: the weight.
+        features: number of features, over all tasks.
+        mean_square: mean of σ², the scale of the error: what a merge that answers no feature
+            at all would have.
+        error: mean of ``|⟨σu, M̄v − σu⟩|`` over all features of all tasks, by method.
+    """
+
+    name: str
+    features: int
+    mean_square: float
+    error: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one task in float64: ``U`` (m×r), ``s`` (r) and ``Vh`` (r×n)."""
+
+    U: torch.Tensor
+    s: torch.Tensor
+    Vh: torch.Tensor
+
+    def errors(self, merged: torch.Tensor) -> torch.Tensor:
+        """Return ``σ_k |u_kᵀ M̄ v_k − σ_k|`` for each k, given M̄ (m×n) in float64."""
+        response = ((merged @ self.Vh.mT) * self.U).sum(dim=0)
+        return self.s * (response - self.s).abs()
+
+
+def measure(
+    weight: PlannedWeight, written: torch.Tensor | None = None, device: str = "cpu"
+) -> Preservation:
+    """Measure one weight for ``stf`` and, on the same inputs, for other methods.
+
+    A rival is what the host makes of the same recipe with its method changed and λ = 1.
+
+    Args:
+        weight: a weight of rule ``superpose``, one matrix, a stack or a fused projection.
+        written: the weight as the merge wrote it, to measure what storing it rounded off.
+        device: where to compute.
+    """
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    base = _load(weight, weight.base, device)
+    tasks = [
+        Task(str(model), _load(weight, model, device), scale, density)
+        for model, scale, density in zip(weight.models, weight.weight, weight.density, strict=True)
+    ]
+    ours, reports = superposed(weight.name, base, tasks, compute, weight.shared)
+    merged = {"stf": ours.double()}
+    for name in RIVALS:
+        merged[name] = _rival(name, base.to(compute), [t.tuned.to(compute) for t in tasks], weight)
+    if written is not None and weight.shared["lambda"]:
+        merged[STORED] = (written.to(device).double() - base.double()) / weight.shared["lambda"]
+    pieces = {name: weight.pieces(M) for name, M in merged.items()}
+    tasks_of = zip(*(weight.pieces(M) for M in deltas(base, tasks, compute)), strict=True)
+    parts = [
+        _measure_matrix(
+            [_features(M, count) for M, count in zip(matrices, report.ranks, strict=True)],
+            {name: matrices[index] for name, matrices in pieces.items()},
+            weight.name,
+        )
+        for index, (matrices, report) in enumerate(zip(tasks_of, reports, strict=True))
+    ]
+    return _joined(weight.name, parts)
+
+
+def _load(weight: PlannedWeight, model: ModelReference, device: str) -> torch.Tensor:
+    tensor = weight.load(model)
+    if tensor is None:
+        raise STFError(f"{model} has no tensor {weight.name!r}, which the merge needs")
+    return tensor.to(device)
+
+
+def _rival(
+    name: str, base: torch.Tensor, tuned: Sequence[torch.Tensor], weight: PlannedWeight
+) -> torch.Tensor:
+    if name == "linear":
+        merged = merge_tensors(tuned, name, parameters={"weight": list(weight.weight)})
+    else:
+        parameters = {"weight": list(weight.weight), "lambda": 1.0}
+        if name == "ties":
+            parameters["density"] = list(weight.density)
+        merged = merge_tensors([base, *tuned], name, parameters=parameters, base_index=0)
+    M: torch.Tensor = merged.double() - base.double()
+    return M
+
+
+def _measure_matrix(
+    features: Sequence[Features], merged: dict[str, torch.Tensor], name: str
+) -> Preservation:
+    total = sum(task.s.numel() for task in features)
+    squares = sum(float(task.s.square().sum()) for task in features)
+    errors = {
+        method: sum(float(task.errors(M).sum()) for task in features) / max(1, total)
+        for method, M in merged.items()
+    }
+    return Preservation(name, total, squares / max(1, total), errors)
+
+
+def _features(delta: torch.Tensor, count: int) -> Features:
+    U, s, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    return Features(U[:, :count], s[:count], Vh[:count])
+
+
+def _joined(name: str, parts: list[Preservation]) -> Preservation:
+    """Average the matrices of one weight, each feature counting once."""
+    total = sum(part.features for part in parts)
+    share = [part.features / max(1, total) for part in parts]
+    return Preservation(
+        name,
+        total,
+        sum(w * part.mean_square for w, part in zip(share, parts, strict=True)),
+        {
+            method: sum(w * part.error[method] for w, part in zip(share, parts, strict=True))
+            for method in parts[0].error
+        },
+    )

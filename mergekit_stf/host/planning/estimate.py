@@ -1,0 +1,162 @@
+"""What a merge will take: time by calibration on this device, memory and disk by counting."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mergekit.options import MergeOptions
+from pydantic import BaseModel
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.gram import blocks_size
+from mergekit_stf.core.threads import workspace
+from mergekit_stf.host.checkpoints.headers import header_if_any
+from mergekit_stf.host.diagnostics.numbers import peak_rss
+from mergekit_stf.host.planning.calibrate import kind_of, measure_kinds
+from mergekit_stf.host.planning.planned import PlannedWeight
+
+_SAMPLE = 16 * 2**20
+
+
+class Estimate(BaseModel):
+    """Time and memory of a merge with ``mergekit-stf merge``.
+
+    Attributes:
+        device: where weights are merged.
+        seconds: of the whole process.
+        starting: of it, imports, checks and planning.
+        merging: of it, the method.
+        files: of it, hashing the inputs, writing the store and the output.
+        memory: peak resident bytes, the mapped input files included.
+        mapped: of it, input files, which the system drops when memory is short.
+        device_memory: peak bytes on an accelerator, 0 on the CPU.
+        output: bytes of the merged weights.
+        store: bytes of the store until the merge is done.
+        by_weight: seconds of each weight.
+    """
+
+    device: str
+    seconds: float
+    starting: float
+    merging: float
+    files: float
+    memory: int
+    mapped: int
+    device_memory: int
+    output: int
+    store: int
+    by_weight: dict[str, float]
+
+
+def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Path) -> Estimate:
+    """Estimate a merge; takes about two seconds, and reads no weight.
+
+    Args:
+        weights: the plan.
+        options: the host's options.
+        folder: an existing folder on the disk of the output, for a short test of its speed.
+    """
+    starting = process_age()
+    before = peak_rss() or 0
+    device = torch.device(options.device or "cpu")
+    kinds = {weight.name: kind_of(weight) for weight in weights}
+    seconds = measure_kinds(list(kinds.values()), device)
+    by_weight = {name: seconds[kind] for name, kind in kinds.items()}
+    output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
+    store = sum(weight.stored_bytes for weight in weights)
+    mapped = _input_bytes(weights)
+    files = _file_seconds(mapped, store + output, folder)
+    merging = sum(by_weight.values())
+    work = max((_working_bytes(weight, device) for weight in weights), default=0)
+    on_card = device.type == "cuda"
+    shard = min(output, options.out_shard_size)
+    return Estimate(
+        device=str(device),
+        seconds=starting + merging + files,
+        starting=starting,
+        merging=merging,
+        files=files,
+        memory=before + mapped + shard + (0 if on_card else work),
+        mapped=mapped,
+        device_memory=work if on_card else 0,
+        output=output,
+        store=store,
+        by_weight=by_weight,
+    )
+
+
+def process_age() -> float:
+    """Return the seconds since this process started, 0 where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+    except OSError:
+        return 0.0
+    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _matrix_bytes(weight: PlannedWeight) -> int:
+    return weight.numel * max(weight.dtype.itemsize, torch.float32.itemsize)
+
+
+def _input_bytes(weights: Sequence[PlannedWeight]) -> int:
+    headers = (header_if_any(load) for weight in weights for load in weight.loads.values())
+    return sum(
+        torch.Size(header.shape).numel() * header.dtype.itemsize
+        for header in headers
+        if header is not None
+    )
+
+
+def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
+    """Count what one weight needs while it is merged.
+
+    Float32 copies of the base, one task matrix and the result; for a decomposition besides, the
+    features of every task, and the work space of those at a time or the blocks of the solve, matrix
+    by matrix of a stack.
+    """
+    one = _matrix_bytes(weight)
+    if weight.rule != "superpose":
+        return 4 * one
+    *stack, rows, columns = weight.header.shape
+    part = one // (stack[0] if stack else 1)
+    side = min(rows, columns)
+    features = part * side // columns + part * side // rows
+    tasks = len(weight.models)
+    most = max(workspace(side, tasks, device), blocks_size(rows, columns, tasks))
+    return 2 * one + 3 * part + tasks * features + most
+
+
+def _file_seconds(hashed: int, written: int, folder: Path) -> float:
+    """Return seconds to hash the inputs, beside the merge, and to write store and output."""
+    block = os.urandom(2**20) * (_SAMPLE // 2**20)
+    started = time.perf_counter()
+    hashlib.sha256(block).digest()
+    hashing = (time.perf_counter() - started) / _SAMPLE
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise STFError(f"{folder}: cannot be written: {error.strerror}") from error
+    writing = (time.perf_counter() - started) / _SAMPLE
+    return hashed * hashing / (os.cpu_count() or 1) + written * writing
+
+
+def by_rule(weights: Sequence[PlannedWeight]) -> dict[str, tuple[int, int]]:
+    """Return, for each rule, the number of weights and of parameters."""
+    counts: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    for weight in weights:
+        counts[weight.rule] += 1
+        numbers[weight.rule] += weight.numel
+    return {rule: (counts[rule], numbers[rule]) for rule in sorted(counts)}

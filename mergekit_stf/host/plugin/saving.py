@@ -1,0 +1,40 @@
+"""The host rounds to ``out_dtype`` after a method has answered; here it looks before it does so.
+
+Only weights that ``stf`` merged are looked at; every other task of the host runs as it is.
+"""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import SaveTensor
+from mergekit.io.tensor_writer import TensorWriter
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from torch import Tensor
+
+from mergekit_stf.host.merging.finite import is_finite, rounded
+
+NAME = "stf"
+
+
+@cache
+def register() -> None:
+    """Let the host's task that writes a weight refuse one that its type cannot hold; once."""
+    write = SaveTensor.execute
+
+    @wraps(write)
+    def execute(self: SaveTensor, writer: TensorWriter, tensor: Tensor | None) -> None:
+        write(self, writer, _rounded(self, tensor))
+
+    SaveTensor.execute = execute
+
+
+def _rounded(task: SaveTensor, tensor: Tensor | None) -> Tensor | None:
+    """Round what has been merged; infinite masks of the base were let through by the merge."""
+    merged = task.tensor_task
+    ours = isinstance(merged, ExecuteMergeMethodTask) and merged.method_name == NAME
+    dtype = dtype_from_name(task.dtype)
+    if tensor is None or dtype is None or not ours or not is_finite(tensor):
+        return tensor
+    return rounded(task.tensor_name, tensor, dtype)

@@ -1,0 +1,109 @@
+"""Make a locked merge again, under the conditions that its lock names.
+
+A lock may come from anybody. Of what it says, a rebuild obeys the recipe, the command and the
+conditions of `lock_conditions`; the files that it reads are those that the lock lists.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mergekit.options import MergeOptions
+
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.checkpoints.inputs import InputModel, input_models
+from mergekit_stf.host.provenance.conditions import machine
+from mergekit_stf.host.provenance.lock import FILE_NAME, Lock, device_name, read_lock
+from mergekit_stf.host.recipe.recipe import Recipe, check_recipe
+from mergekit_stf.host.run.lora import merge_to_adapter, merge_to_model
+from mergekit_stf.host.run.merge import merge
+from mergekit_stf.host.run.network import offline
+
+MOST_THREADS = 1024
+"""Threads that a rebuild starts at most; no machine merges with more, and a system refuses many."""
+
+RANK = re.compile(r"[1-9][0-9]{0,8}")
+
+LOG = logging.getLogger(__name__)
+
+
+def rebuild(
+    lock: Lock, out: Path, cache: str | None = None, trust_remote_code: bool = False
+) -> Lock:
+    """Merge the recipe of a lock into ``out`` with its options and number of threads.
+
+    The hub is not asked: its models are taken from the cache on this machine.
+
+    Args:
+        lock: the lock of the merge to repeat.
+        out: a folder that is not there yet.
+        cache: where hub models are kept, if not in the default place.
+        trust_remote_code: run code from the models' folders if the merge did.
+
+    Raises:
+        STFError: the lock's recipe or conditions cannot be used here, or its recipe asks for other
+            models and files than it lists.
+    """
+    options = lock.options.restore(cache, trust_remote_code and lock.options.trust_remote_code)
+    _check_conditions(lock, options.device or "cpu")
+    recipe = check_recipe(lock.recipe, FILE_NAME)
+    threads = torch.get_num_threads()
+    with offline():
+        _check_inputs(lock, input_models(recipe.config, options))
+        torch.set_num_threads(lock.threads)
+        try:
+            return _again(lock, recipe, out, options)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _check_conditions(lock: Lock, device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+        here = device_name(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise STFError(f"merged on {lock.device}, and {device} is not to be had here") from error
+    if here != lock.device:
+        raise STFError(f"merged on {lock.device}, here is {here}; its bytes cannot be compared")
+    if lock.threads > MOST_THREADS:
+        raise STFError(f"{FILE_NAME}: {lock.threads} threads; at most {MOST_THREADS} are started")
+    now = machine()
+    if now.vectors != lock.machine.vectors:
+        LOG.warning("the processor has other vector instructions; bytes may differ for that reason")
+    if now.kernels != lock.machine.kernels:
+        LOG.warning(
+            "merged with other kernels (%s) than here (%s); bytes may differ for that reason",
+            lock.machine.kernels,
+            now.kernels,
+        )
+
+
+def _check_inputs(lock: Lock, models: Sequence[InputModel]) -> None:
+    """Refuse a recipe whose inputs are not those that the lock lists, and `differences` checked."""
+    listed = {m.reference: (m.commit, {file.name for file in m.files}) for m in lock.models}
+    here = {model.reference: (model.commit, set(model.files)) for model in models}
+    for reference in sorted(listed.keys() | here.keys()):
+        if listed.get(reference) != here.get(reference):
+            raise STFError(
+                f"{FILE_NAME}: its recipe reads {reference} here as other files, or as another "
+                "commit, than its list of models says; merge again"
+            )
+
+
+def _again(lock: Lock, recipe: Recipe, out: Path, options: MergeOptions) -> Lock:
+    match lock.command:
+        case ("merge",):
+            return merge(recipe, out, options).lock
+        case ("lora",):
+            merge_to_model(recipe, out, options, locked=True)
+        case ("lora", "--adapter"):
+            merge_to_adapter(recipe, out, options, locked=True)
+        case ("lora", "--adapter", "--max-rank", rank) if RANK.fullmatch(rank):
+            merge_to_adapter(recipe, out, options, int(rank), locked=True)
+        case _:
+            raise STFError(f"{FILE_NAME}: its command is damaged; merge again")
+    return read_lock(out)

@@ -1,0 +1,32 @@
+"""Which weights of a large merge to measure: all kinds, spread over the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergekit_stf.report.facts import place
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """Choose about ``count`` names, at least one of each kind, evenly over the layers.
+
+    Returns:
+        The chosen names in their order.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(place(name)[1], []).append(name)
+    if not kinds or count >= len(names):
+        return list(names)
+    each = max(1, count // len(kinds))
+    chosen = {name for members in kinds.values() for name in _evenly(members, each)}
+    return [name for name in names if name in chosen]
+
+
+def _evenly(members: Sequence[str], count: int) -> list[str]:
+    if count >= len(members):
+        return list(members)
+    if count == 1:
+        return [members[len(members) // 2]]
+    last = len(members) - 1
+    return [members[round(step * last / (count - 1))] for step in range(count)]
