@@ -1,10 +1,9 @@
-"""Float32 means float32, float64 is taken in portions, bfloat16 where there are units for it."""
+"""Float32 means float32, and float64 is taken in portions."""
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,30 +16,20 @@ FAR = 30
 """Exponents of the largest entry, of either sign, up to which float32 has room for the squares of
 all that counts as a feature, and for sums of them."""
 
-BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16")
-"""Capabilities with which a product in bfloat16 takes half the time of one in float32, or less."""
-
-_lock = threading.Lock()
-_entered = 0
-_outside = "highest"
-
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch TF32 and bfloat16 products off, and back when the last thread has left."""
-    global _entered, _outside
-    with _lock:
-        if not _entered:
-            _outside = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-        _entered += 1
+    """Switch TF32 and bfloat16 products of float32 matrices off inside the block.
+
+    The switch is the whole process's: whoever merges in several threads enters one block around
+    all of them.
+    """
+    outside = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        with _lock:
-            _entered -= 1
-            if not _entered:
-                torch.set_float32_matmul_precision(_outside)
+        torch.set_float32_matmul_precision(outside)
 
 
 def split(M: Tensor) -> tuple[Tensor, ...]:
@@ -70,22 +59,3 @@ def length(M: Tensor) -> float:
     """Return the Frobenius norm ``|M|``, whatever the size of the entries."""
     exponent = far_exponent(M)
     return math.ldexp(float(torch.linalg.vector_norm(by_power(M, -exponent))), exponent)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Say whether products in bfloat16 are quicker than in float32: on CPUs with units for them.
-
-    Told by the processor, not by a measurement, so that a machine answers the same way each time.
-    Versions of torch that do not ask the processor count as without. Cards are left alone: their
-    products in float32 are a small part of a merge.
-    """
-    if device.type != "cpu":
-        return False
-    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(bool(known.get(unit)) for unit in BFLOAT16_UNITS)
-
-
-def instructions() -> str:
-    """Return the instructions of this CPU that decide the last bits of a merge, for a person."""
-    vectors: str = torch.backends.cpu.get_cpu_capability()
-    return f"{vectors} and bfloat16" if has_bfloat16(torch.device("cpu")) else vectors

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_stf.core import superpose
-from mergekit_stf.core.routes import ROUTES
+from mergekit_stf.core.features.decompose import ROUTES
 
 SIDES = st.integers(2, 40)
 SEEDS = st.integers(0, 2**31)
