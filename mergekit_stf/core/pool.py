@@ -27,6 +27,7 @@ on a card, where half of it does where only leading features are computed."""
 STREAMS = 4
 """Matrices at a time on a card; each more keeps a workspace of the product library, 32 MB."""
 
+Matrix = TypeVar("Matrix")
 Result = TypeVar("Result")
 
 _sharing = threading.Lock()
@@ -54,7 +55,7 @@ def workspace(side: int, count: int, device: torch.device) -> int:
 
 
 def each(
-    work: Callable[[Tensor], Result], matrices: Iterable[Tensor], workers: int, device: torch.device
+    work: Callable[[Matrix], Result], matrices: Iterable[Matrix], workers: int, device: torch.device
 ) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, so many at a time.
 
@@ -87,8 +88,8 @@ def alone(M: Tensor) -> AbstractContextManager[object]:
 
 def _run(
     pool: ThreadPoolExecutor,
-    work: Callable[[Tensor], Result],
-    matrices: Iterable[Tensor],
+    work: Callable[[Matrix], Result],
+    matrices: Iterable[Matrix],
     workers: int,
 ) -> list[Result]:
     """Submit a matrix whenever a worker is free, and keep no reference to it."""
@@ -107,7 +108,7 @@ def _run(
         wait(running)
 
 
-def _on_stream(work: Callable[[Tensor], Result], caller: torch.cuda.Stream, M: Tensor) -> Result:
+def _on_stream(work: Callable[[Matrix], Result], caller: torch.cuda.Stream, M: Matrix) -> Result:
     """Work on the thread's own stream, which waits for the caller's and has ended at the return."""
     stream: torch.cuda.Stream = _own.stream
     stream.wait_stream(caller)

@@ -60,7 +60,8 @@ class Whole:
     def cosines(self) -> Tensor:
         """Return the cosines between the task matrices."""
         S = torch.block_diag(*(unit(f.s).unsqueeze(0) for f in self.features))
-        return (S @ self.matrix @ S.mT).cpu()
+        inner: Tensor = S @ self.matrix @ S.mT
+        return inner.cpu()
 
 
 class Blocks:
@@ -107,15 +108,16 @@ class Products:
         return torch.cat([responses(f, M) for f in self.features]).to(alpha.dtype)
 
     def cosines(self) -> Tensor:
-        """Return the cosines, from so many rows of all tasks at a time as half a matrix has entries.
+        """Return the cosines, from as many rows of all tasks at a time as make half a matrix.
 
         Forming the rows again costs half as much as one application of G.
         """
         count, m = len(self.features), self.features[0].U.shape[0]
         scaled = [f.U * unit(f.s).to(f.U.dtype) for f in self.features]
         found = torch.zeros(count, count, dtype=torch.float64)
-        for rows in torch.arange(m).split(max(1, m // (2 * count))):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        step = max(1, m // (2 * count))
+        for start in range(0, m, step):
+            part = slice(start, start + step)
             lines = zip(scaled, self.features, strict=True)
             stack = torch.stack([(Us[part] @ f.Vh).reshape(-1) for Us, f in lines]).double()
             found += (stack @ stack.mT).cpu()
@@ -141,7 +143,8 @@ def responses(f: Features, M: Tensor) -> Tensor:
 def unit(s: Tensor) -> Tensor:
     """Return a vector over its length, in float64, whatever the size of its entries."""
     wide = s.double()
-    return wide / torch.linalg.vector_norm(wide)
+    found: Tensor = wide / torch.linalg.vector_norm(wide)
+    return found
 
 
 def spans(features: Sequence[Features]) -> list[slice]:
