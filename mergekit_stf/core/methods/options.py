@@ -1,4 +1,4 @@
-"""The options of merge methods: plain data, of which the host's parameters and the docs are made."""
+"""The options of merge methods: plain data, of which the host's parameters and docs are made."""
 
 from __future__ import annotations
 

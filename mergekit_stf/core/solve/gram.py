@@ -59,7 +59,9 @@ class Whole:
 
     def cosines(self) -> Tensor:
         """Return the cosines between the task matrices."""
-        S = torch.block_diag(*(unit(f.s).unsqueeze(0) for f in self.features))
+        S = self.matrix.new_zeros(len(self.features), self.matrix.shape[0])
+        for row, f, span in zip(S, self.features, spans(self.features), strict=True):
+            row[span] = unit(f.s)
         inner: Tensor = S @ self.matrix @ S.mT
         return inner.cpu()
 
