@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.precision import by_power
+from mergekit_stf.core.precision import by_power, length
 from mergekit_stf.core.tolerances import RANK
 
 
@@ -36,7 +36,7 @@ class Features:
     @property
     def norm(self) -> float:
         """The Frobenius norm of the task matrix, ``|s|``, whatever the size of its entries."""
-        return float(torch.linalg.vector_norm(self.s, dtype=torch.float64))
+        return length(self.s.double()) if self.rank else 0.0
 
     @property
     def transposed(self) -> Features:

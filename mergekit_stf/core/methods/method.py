@@ -111,13 +111,14 @@ def describe(
     """
     norms = tuple(f.norm for f in features) if features else tasks.norms()
     cosines = tasks.cosines() if cosines is None else cosines
-    sizes = torch.tensor(norms, dtype=torch.float64)
+    largest = max(norms) or 1.0
+    sizes = torch.tensor(norms, dtype=torch.float64) / largest
     return Record(
         routes=tuple(f.route for f in features),
         kept=tuple(f.rank for f in features),
         spectra=tuple(f.spectrum for f in features),
         norms=norms,
-        norm_sum=float((sizes @ cosines @ sizes).clamp(min=0).sqrt()),
+        norm_sum=largest * float((sizes @ cosines @ sizes).clamp(min=0).sqrt()),
         norm_merged=M.norm if isinstance(M, LowRank) else length(M),
         cosine=tuple(map(tuple, cosines.tolist())),
         **facts,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.precision import length
 from mergekit_stf.core.solve.solution import Solution
 from mergekit_stf.core.tolerances import WELL_POSED
 
@@ -23,7 +24,7 @@ def cholesky_solve(G: Tensor, s: Tensor, tolerance: float) -> Solution | None:
         The exact solution; None where the system is so ill-posed that the exact solution may not be
         wanted, which the Lanczos process tells and damps.
     """
-    scale = torch.linalg.vector_norm(s)
+    scale = length(s)
     target = s / scale
     factor, failure = torch.linalg.cholesky_ex(G)
     alpha = torch.cholesky_solve(target.unsqueeze(1), factor).squeeze(1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features.features import Features, combine
-from mergekit_stf.core.precision import split
+from mergekit_stf.core.precision import length, split
 
 FEW = 256
 """Features of all tasks up to which the whole of G is formed: factoring it then costs less than one
@@ -144,9 +144,7 @@ def responses(f: Features, M: Tensor) -> Tensor:
 
 def unit(s: Tensor) -> Tensor:
     """Return a vector over its length, in float64, whatever the size of its entries."""
-    wide = s.double()
-    found: Tensor = wide / torch.linalg.vector_norm(wide)
-    return found
+    return s.double() / length(s.double())
 
 
 def spans(features: Sequence[Features]) -> list[slice]:

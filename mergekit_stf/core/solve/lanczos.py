@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.precision import length
 from mergekit_stf.core.solve.gram import Gram
 from mergekit_stf.core.solve.solution import Solution
 from mergekit_stf.core.tolerances import CUTOFF, ILL_POSED, MAX_ITERATIONS, WELL_POSED
@@ -35,7 +36,7 @@ def krylov_solve(operator: Gram, s: Tensor, ridge: float | None, tolerance: floa
         ridge: added to the diagonal of G; ``None`` adds none and damps ill-posed systems.
         tolerance: relative residual at which the answer is good enough.
     """
-    scale = float(torch.linalg.vector_norm(s))
+    scale = length(s)
     krylov = Lanczos(operator, s / scale, tolerance)
     outcome = _damped(krylov) if ridge is None else _shifted(krylov, ridge)
     return Solution(
