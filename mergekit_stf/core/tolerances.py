@@ -8,16 +8,6 @@ RANK = 1e-6
 RESIDUAL = {torch.float32: 2e-7, torch.float64: 1e-14}
 """The solve stops when ``|G alpha - s| <= RESIDUAL * |s|``, near the rounding of its products."""
 
-VERIFIED = {torch.float32: 1e-6, torch.float64: 1e-13}
-"""Residual that the responses of the finished M may show, with the rounding of measuring them."""
-
-HALF_CHANGE = 0.5
-"""What STF adds to the sum, relative to M, up to which it is rounded to bfloat16: by 1e-3 of M."""
-
-HALF_ERROR = 4e-3
-"""Estimate of M's error up to which a solve in bfloat16 is taken, a tenth of the least change that
-rounding checkpoints to bfloat16 was seen to cause, 4.2e-2 (``benchmarks/accuracy.py``)."""
-
 MAX_ITERATIONS = 400
 """Lanczos steps before the solve gives up; well-posed systems need 5 to 15."""
 

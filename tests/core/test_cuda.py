@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mergekit_stf.core import decompose, superpose, trim
-from mergekit_stf.core.routes import ROUTES
+from mergekit_stf.core.features.decompose import ROUTES
 from tests.core.cases import distance, expected, with_close_runs, with_equal_lengths
 
 pytestmark = [
@@ -66,7 +66,7 @@ def test_same_bytes_again(tasks, rank):
 def test_streams_give_what_one_gives(monkeypatch):
     inputs = [M.cuda() for M in matrices((700, 600), 3)]
     together = superpose(inputs).M
-    monkeypatch.setattr("mergekit_stf.core.threads.STREAMS", 1)
+    monkeypatch.setattr("mergekit_stf.core.pool.STREAMS", 1)
     assert torch.equal(superpose(inputs).M, together)
 
 

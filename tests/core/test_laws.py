@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_stf.core import superpose
-from mergekit_stf.core.routes import ROUTES
+from mergekit_stf.core.features.decompose import ROUTES
 
 SIDES = st.integers(2, 40)
 SEEDS = st.integers(0, 2**31)
@@ -137,3 +137,14 @@ def test_it_is_the_shortest_matrix_that_meets_the_constraints(law, m, n, seed):
     change -= rows.mT @ torch.linalg.lstsq(rows.mT, change.unsqueeze(1)).solution[:, 0]
     change /= change.norm().clamp(min=1e-12)
     assert abs(float(change @ M.flatten())) <= 1e-6 * float(M.norm())
+
+
+@LAW
+@given(m=SIDES, n=SIDES, seed=SEEDS, exponent=st.integers(-900, 900))
+def test_scaling_commutes_in_float64_as_far_as_it_reaches(m, n, seed, exponent):
+    """No square of an entry is formed that overflows or vanishes, and no length is lost."""
+    A, B = draw(seed, m, n).double(), draw(seed + 1, m, n).double()
+    near, far = superpose([A, B]), superpose([A * 2.0**exponent, B * 2.0**exponent])
+    assert float((far.M * 2.0**-exponent - near.M).norm()) <= 1e-9 * float(near.M.norm())
+    assert far.record.norm_sum == pytest.approx(near.record.norm_sum * 2.0**exponent)
+    assert far.record.norm_merged == pytest.approx(near.record.norm_merged * 2.0**exponent)

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_stf.core.decompose import decompose
-from mergekit_stf.core.features import spectrum_ranks
+from mergekit_stf.core.features import decompose, spectrum_ranks
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 1000])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mergekit_stf.core import decompose, precision, routes, superpose, trim, turning
-from mergekit_stf.core.routes import ROUTES
+from mergekit_stf.core import decompose, precision, superpose, trim
+from mergekit_stf.core.features import routes, turning
+from mergekit_stf.core.features.decompose import ROUTES
 from tests.core.cases import (
     BOUND,
     CLOSE,
@@ -61,7 +62,7 @@ def test_equals_the_oracle_of_trimmed_matrices(density, seed):
 def test_every_route_equals_the_oracle(route, shape, density):
     inputs = matrices(shape, 3, seed=11, density=density)
     result = superpose(inputs, route=route)
-    assert set(result.report.routes) == {route}
+    assert set(result.record.routes) == {route}
     assert distance(result.M, expected(inputs)) <= BOUND[route]
 
 
@@ -129,7 +130,7 @@ def test_large_matrices_are_converted_part_by_part(monkeypatch, shape):
     whole = superpose(inputs, route="gram_float64")
     monkeypatch.setattr(precision, "CHUNK", 1000)
     parts = superpose(inputs, route="gram_float64")
-    assert set(parts.report.routes) == {"gram_float64"}
+    assert set(parts.record.routes) == {"gram_float64"}
     assert distance(whole.M, expected(inputs)) <= 1e-5
     assert distance(parts.M, expected(inputs)) <= 1e-5
 
@@ -143,7 +144,7 @@ def test_a_low_rank_has_no_more_features(route, seed):
         for _ in range(3)
     ]
     result = superpose(inputs, route=route)
-    assert result.report.ranks == (7, 7, 7)
+    assert result.record.kept == (7, 7, 7)
     assert distance(result.M, expected(inputs)) <= 1e-5
 
 
@@ -159,14 +160,14 @@ def test_float64_inputs_keep_their_accuracy():
 def test_keeps_the_leading_features(kept, seed):
     inputs = matrices((64, 48), 3, seed)
     result = superpose(inputs, rank=kept if kept > 1 else 1 / 48)
-    assert result.report.ranks == (kept,) * 3
+    assert result.record.kept == (kept,) * 3
     assert distance(result.M, expected(inputs, kept)) <= 1e-5
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(1.0, 48), (0.5, 24), (0.2, 9), (1e-9, 1), (100, 48)])
 def test_rank_is_a_fraction_or_a_count(rank, kept):
     inputs = matrices((64, 48), 2, seed=9)
-    assert superpose(inputs, rank=rank).report.ranks == (kept, kept)
+    assert superpose(inputs, rank=rank).record.kept == (kept, kept)
 
 
 @pytest.mark.parametrize("rank", [0, -1, -0.5, float("nan")])
@@ -185,7 +186,7 @@ def test_inputs_are_not_changed():
 def test_a_zero_matrix_is_no_feature():
     a, b = matrices((40, 30), 2)
     result = superpose([a, torch.zeros(40, 30), b])
-    assert result.report.ranks == (30, 0, 30)
+    assert result.record.kept == (30, 0, 30)
     assert distance(result.M, expected([a, b])) <= 1e-5
     assert not superpose([torch.zeros(4, 6)] * 3).M.any()
 
@@ -197,7 +198,7 @@ def test_empty_rows_and_columns_cost_nothing_and_change_nothing():
         M[:, 2 * i :: 5] = 0
     result = superpose(inputs)
     assert distance(result.M, expected(inputs)) <= 1e-5
-    assert all(kept <= 48 for kept in result.report.ranks)
+    assert all(kept <= 48 for kept in result.record.kept)
 
 
 def test_refuses_shapes_that_differ_and_no_matrix():
@@ -230,24 +231,24 @@ def test_the_report_holds_lengths_of_any_size(exponent):
     plain = superpose(inputs)
     far = superpose([2.0**exponent * M for M in inputs])
     times = 2.0**exponent
-    np.testing.assert_allclose(far.report.norms, np.multiply(plain.report.norms, times), rtol=1e-6)
-    np.testing.assert_allclose(far.report.merged_norm, plain.report.merged_norm * times, rtol=1e-6)
-    np.testing.assert_allclose(far.report.sum_norm, plain.report.sum_norm * times, rtol=1e-6)
-    assert far.report.energy == pytest.approx(plain.report.energy, rel=1e-6)
-    assert far.report.routes == plain.report.routes
+    np.testing.assert_allclose(far.record.norms, np.multiply(plain.record.norms, times), rtol=1e-6)
+    np.testing.assert_allclose(far.record.norm_merged, plain.record.norm_merged * times, rtol=1e-6)
+    np.testing.assert_allclose(far.record.norm_sum, plain.record.norm_sum * times, rtol=1e-6)
+    assert far.record.energy == pytest.approx(plain.record.energy, rel=1e-6)
+    assert far.record.routes == plain.record.routes
 
 
 def test_report_tells_lengths_and_overlaps():
     a, b, c = matrices((50, 60), 3, seed=3)
-    report = superpose([a, b, c]).report
-    np.testing.assert_allclose(report.norms, [float(M.norm()) for M in (a, b, c)], rtol=1e-5)
-    np.testing.assert_allclose(report.sum_norm, float((a + b + c).norm()), rtol=1e-5)
+    record = superpose([a, b, c]).record
+    np.testing.assert_allclose(record.norms, [float(M.norm()) for M in (a, b, c)], rtol=1e-5)
+    np.testing.assert_allclose(record.norm_sum, float((a + b + c).norm()), rtol=1e-5)
     cosine = float((a * b).sum() / (a.norm() * b.norm()))
-    np.testing.assert_allclose(report.overlaps[0][1], cosine, rtol=1e-5)
-    assert report.converged
-    assert report.residual <= 1e-6
-    assert report.cutoff == 0
-    assert report.alpha_ratio == tuple(sorted(report.alpha_ratio))
+    np.testing.assert_allclose(record.cosine[0][1], cosine, rtol=1e-5)
+    assert record.converged
+    assert record.residual <= 1e-6
+    assert record.cutoff == 0
+    assert record.alpha_ratio == tuple(sorted(record.alpha_ratio))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -262,7 +263,7 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, seed, monkeyp
         return original(gram + size * (noise + noise.mT) / 2)
 
     original, inputs = routes.eigen, matrices(shape, 3, seed)
-    monkeypatch.setattr(routes, "eigen", mixing)
+    monkeypatch.setattr(turning, "eigen", mixing)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
     monkeypatch.setattr(turning, "TURNS", 0)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5

@@ -17,8 +17,19 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.features.features import Features
+from mergekit_stf.core.features.routes import complete, eigen, lower_gram, separate_tail
 from mergekit_stf.core.precision import CHUNK, split
-from mergekit_stf.core.tolerances import APART, CLOSE, EQUAL, LARGEST_TURN, RANK, SHORT, TURNS
+from mergekit_stf.core.tolerances import (
+    APART,
+    CLOSE,
+    EQUAL,
+    FINE_TAIL,
+    LARGEST_TURN,
+    RANK,
+    SHORT,
+    TURNS,
+)
 
 BAND = 2**22
 """Entries of a band of rows for which angles are computed at a time."""
@@ -28,6 +39,13 @@ TERMS = 256
 
 MOST = 512
 """Features of one run of close lengths that are told apart; a longer run stays as it is found."""
+
+
+def gram_refined(M: Tensor) -> Features:
+    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart (``turning``), to about 1e-5."""
+    _, Vh = eigen(lower_gram(M, M.dtype))
+    _, Vh = separate_tail(Vh @ M.mT, Vh, FINE_TAIL)
+    return complete(*settled(M, Vh), "gram_refined")
 
 
 def settled(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

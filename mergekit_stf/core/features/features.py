@@ -1,13 +1,14 @@
-"""Task-specific features: the singular triples of a task matrix (paper, section 3.2)."""
+"""Task-specific features: the singular triples of a task matrix (STF paper, section 3.2)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.precision import by_power
+from mergekit_stf.core.precision import by_power, length
 from mergekit_stf.core.tolerances import RANK
 
 
@@ -33,13 +34,14 @@ class Features:
         return self.s.numel()
 
     @property
+    def norm(self) -> float:
+        """The Frobenius norm of the task matrix, ``|s|``, whatever the size of its entries."""
+        return length(self.s.double()) if self.rank else 0.0
+
+    @property
     def transposed(self) -> Features:
         """The features of the transposed matrix."""
         return Features(self.Vh.mT, self.s, self.U.mT, self.route)
-
-    def times_power(self, exponent: int) -> Features:
-        """The features of ``2^exponent`` times the matrix."""
-        return replace(self, s=by_power(self.s, exponent))
 
     @property
     def spectrum(self) -> tuple[float, ...]:
@@ -47,11 +49,36 @@ class Features:
         ranks = torch.tensor(spectrum_ranks(self.rank), device=self.s.device)
         return tuple(self.s[ranks - 1].tolist()) if self.rank else ()
 
+    def times_power(self, exponent: int) -> Features:
+        """Return the features of ``2^exponent`` times the matrix."""
+        return replace(self, s=by_power(self.s, exponent))
+
     def leading(self, count: int) -> Features:
         """Return the numerically nonzero ones among the ``count`` leading features."""
         if self.rank:
             count = min(count, int(torch.count_nonzero(self.s > RANK * self.s[0])))
         return Features(self.U[:, :count], self.s[:count], self.Vh[:count], self.route)
+
+    def to(self, dtype: torch.dtype) -> Features:
+        """Return the features in another type."""
+        return Features(self.U.to(dtype), self.s.to(dtype), self.Vh.to(dtype), self.route)
+
+
+def combine(features: Sequence[Features], alpha: Sequence[Tensor]) -> Tensor:
+    """Assemble ``M = Σ_k alpha_k u_k v_kᵀ`` over all tasks (STF paper, equation 2).
+
+    Args:
+        features: of each task, over matrices of one shape (m, n).
+        alpha: the weights of each task's features, (r_i,).
+
+    Returns:
+        M, (m, n), in the type of the features.
+    """
+    first = features[0]
+    M = first.U.new_zeros(first.U.shape[0], first.Vh.shape[1])
+    for f, a in zip(features, alpha, strict=True):
+        M.addmm_(f.U * a.to(f.U.dtype), f.Vh)
+    return M
 
 
 def kept_rank(shape: tuple[int, int], rank: float) -> int:

@@ -1,4 +1,4 @@
-"""The linear system ``G alpha = s`` (paper, Theorem 1), by the Lanczos process.
+"""The linear system ``G alpha = s`` (STF paper, Theorem 1), by the Lanczos process.
 
 ``G`` is a Gram matrix, so one Krylov space from ``s`` serves every purpose: the exact solution
 (its Ritz form is the conjugate gradient method), a ridge, the damping of contradicting directions,
@@ -11,92 +11,36 @@ to ``WELL_POSED`` the answer is exact; above, eigenvalues of G below a cut-off `
 ``f(x) = (1 - exp(-(x/tau)⁴)) / x``, where ``tau`` rises continuously from 0 to ``CUTOFF``. Along a
 damped direction the tasks ask for incompatible responses to nearly the same feature, and get none
 beyond what they share.
-
-Many tasks are tried by ``sweeps`` first, which solve a well-posed system in fewer passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features import Features
-from mergekit_stf.core.gram import Gram, gram
-from mergekit_stf.core.sweeps import Swept, swept, worthwhile
-from mergekit_stf.core.tolerances import CUTOFF, ILL_POSED, MAX_ITERATIONS, RESIDUAL, WELL_POSED
+from mergekit_stf.core.precision import length
+from mergekit_stf.core.solve.gram import Gram
+from mergekit_stf.core.solve.solution import Solution
+from mergekit_stf.core.tolerances import CUTOFF, ILL_POSED, MAX_ITERATIONS, WELL_POSED
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The weights of the features and how they were found.
-
-    Attributes:
-        alpha: one (r_i,) vector a task.
-        iterations: applications of G, or sweeps.
-        residual: ``|G alpha - s| / |s|`` of the system that was solved, (G + ridge I) with a ridge;
-            estimated from a sample of the responses of M where products were in bfloat16.
-        converged: the residual, or the change of a damped solution, came below the tolerance.
-        condition: ratio of the extreme Ritz values, a lower bound of the condition of G.
-        energy: ``|M|² / Σ|M_i|²`` of the exact solution, or the bound at which it was given up.
-        ridge: the ridge that was added to the unit diagonal of G.
-        cutoff: eigenvalue below which G was damped; 0 where the answer is exact.
-        M: the merged matrix, (m, n), where the way of solving forms it anyhow.
-        precision: ``full``, that of the task matrices, or ``bfloat16`` (see ``half``).
-    """
-
-    alpha: tuple[Tensor, ...]
-    iterations: int
-    residual: float
-    converged: bool
-    condition: float
-    energy: float
-    ridge: float
-    cutoff: float
-    M: Tensor | None = None
-    precision: str = "full"
-
-
-NOTHING = Solution(
-    alpha=(),
-    iterations=0,
-    residual=0.0,
-    converged=True,
-    condition=1.0,
-    energy=0.0,
-    ridge=0.0,
-    cutoff=0.0,
-)
-"""Of a system without features."""
-
-
-def solve(
-    features: Sequence[Features], ridge: float | None = None, operator: Gram | None = None
-) -> Solution:
-    """Solve ``G alpha = s`` for the stacked features of all tasks.
+def krylov_solve(operator: Gram, s: Tensor, ridge: float | None, tolerance: float) -> Solution:
+    """Solve ``G alpha = s``, or ``(G + ridge I) alpha = s``, in one Krylov space.
 
     Args:
-        features: of each task, over matrices of one shape.
+        operator: G.
+        s: the right-hand side, (r,) in float64.
         ridge: added to the diagonal of G; ``None`` adds none and damps ill-posed systems.
-        operator: G, when the caller has it already.
-
-    Returns:
-        The solution; whether it converged is part of it.
+        tolerance: relative residual at which the answer is good enough.
     """
-    if ridge is None and operator is None and worthwhile(features):
-        exact = swept(features)
-        if exact is not None:
-            return _well_posed(features, exact)
-    s = torch.cat([f.s for f in features]).double()
-    sizes = [f.rank for f in features]
-    scale = float(torch.linalg.vector_norm(s))
-    krylov = Lanczos(operator or gram(features), s / scale, RESIDUAL[features[0].s.dtype])
+    scale = length(s)
+    krylov = Lanczos(operator, s / scale, tolerance)
     outcome = _damped(krylov) if ridge is None else _shifted(krylov, ridge)
-    alpha = torch.split(krylov.expand(outcome.coefficients) * scale, sizes)
     return Solution(
-        alpha=tuple(a.to(f.s.dtype) for a, f in zip(alpha, features, strict=True)),
+        alpha=krylov.expand(outcome.coefficients) * scale,
         iterations=krylov.steps,
         residual=outcome.residual,
         converged=outcome.converged,
@@ -104,21 +48,6 @@ def solve(
         energy=krylov.energy(),
         ridge=ridge or 0.0,
         cutoff=outcome.cutoff,
-    )
-
-
-def _well_posed(features: Sequence[Features], exact: Swept) -> Solution:
-    alpha = torch.split(exact.alpha, [f.rank for f in features])
-    return Solution(
-        alpha=tuple(a.to(f.s.dtype) for a, f in zip(alpha, features, strict=True)),
-        iterations=exact.sweeps,
-        residual=exact.residual,
-        converged=True,
-        condition=exact.condition,
-        energy=exact.energy,
-        ridge=0.0,
-        cutoff=0.0,
-        M=exact.M,
     )
 
 

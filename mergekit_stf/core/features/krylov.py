@@ -1,7 +1,7 @@
-"""Leading features without the others: block Krylov, and recognition of a low rank.
+"""Leading features without the others, by a block Krylov method.
 
-Both draw their start from a fixed seed on the CPU, so that every device starts from the same
-numbers, and both check their answer and return nothing when it is not good enough.
+It draws its start from a fixed seed on the CPU, so that every device starts from the same numbers,
+checks its answer, and returns nothing when that is not good enough.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features import Features
-from mergekit_stf.core.routes import eigen, lower_gram, separate_tail
+from mergekit_stf.core.features.features import Features
+from mergekit_stf.core.features.routes import eigen, lower_gram, separate_tail
 from mergekit_stf.core.tolerances import BLURRED, RANK, TRUNCATED
 
 SEED = 20250210
@@ -36,12 +36,6 @@ FIRST = 2.2
 
 STEP = 0.25
 """And by how much it grows between looks, if that is a block or more."""
-
-PROBE = 16
-"""A rank below ``min(m, n) / PROBE`` is recognised."""
-
-MARGIN = 16
-"""Columns of the part that is looked at first, beyond twice that rank."""
 
 
 def leading(M: Tensor, count: int) -> Features | None:
@@ -130,47 +124,6 @@ def _applied(A: Tensor, rows: Tensor) -> Tensor:
     return (A @ rows.mT.contiguous()).mT
 
 
-def low_rank(M: Tensor) -> Features | None:
-    """Return all features of a matrix of low rank at the cost of its rank, else ``None``.
-
-    A small part of M tells of most matrices that their rank is larger. Else, the triangle of a QR
-    decomposition of ``M Ω``, with a Gaussian ``Ω`` of ``n / PROBE`` columns, tells at little cost
-    whether the rank is below that. If so, one power step in float64 finds the range, and what it
-    leaves of M must be below the tolerance of the numerical rank.
-
-    Args:
-        M: (m, n) with m >= n.
-    """
-    n = M.shape[1]
-    if n < SMALLEST or _part_exceeds(M, n // PROBE):
-        return None
-    Q, R = torch.linalg.qr(M @ _start(n, n // PROBE, M))
-    size = R.diagonal().abs()
-    if bool(size[-1] > 10 * RANK * size[0]):
-        return None
-    wide = M.double()
-    Q = _orthonormal(wide @ (wide.mT @ Q[:, size > 10 * RANK * size[0]].double()))
-    B = Q.mT @ wide
-    U, s, Vh = torch.linalg.svd(B, full_matrices=False)
-    if bool(_spectral_norm(torch.addmm(wide, Q, B, alpha=-1)) > RANK * s[0]):
-        return None
-    return Features((Q @ U).to(M), s.to(M), Vh.to(M), "low_rank")
-
-
-def _part_exceeds(M: Tensor, rank: int) -> bool:
-    """Say whether an evenly spaced part of M, little larger than the rank, shows M to exceed it.
-
-    The singular values of a part are no larger than those of the whole. Of ``rank + 1`` rows, all
-    exceed ``t`` if the Gram matrix less ``t²`` is positive definite, which a Cholesky factor tells.
-    """
-    rows = M[:: M.shape[0] // (rank + 1)][: rank + 1]
-    part = rows[:, :: max(1, M.shape[1] // (2 * rank + MARGIN))].double()
-    noise = RANK * torch.linalg.vector_norm(M).double()
-    gram = part @ part.mT
-    gram.diagonal().sub_(noise.square())
-    return not int(torch.linalg.cholesky_ex(gram).info)
-
-
 def _start(rows: int, columns: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(rows, columns, generator=generator).to(like)
@@ -179,13 +132,3 @@ def _start(rows: int, columns: int, like: Tensor) -> Tensor:
 def _orthonormal(X: Tensor) -> Tensor:
     Q: Tensor = torch.linalg.qr(X).Q
     return Q
-
-
-def _spectral_norm(E: Tensor, steps: int = 8) -> Tensor:
-    """Estimate the largest singular value by power iteration, from below within a few per cent."""
-    x = _start(E.shape[1], 4, E)
-    for _ in range(steps):
-        x = E.mT @ (E @ x)
-        x = x / torch.linalg.vector_norm(x, dim=0).clamp(min=torch.finfo(E.dtype).tiny)
-    largest: Tensor = torch.linalg.vector_norm(E @ x, dim=0).max()
-    return largest

@@ -3,8 +3,8 @@
 Every route takes a matrix with at least as many rows as columns and returns thin triples in
 descending order. The decomposition is what a merge costs. An eigendecomposition of the Gram matrix
 ``MᵀM`` is cheaper than a singular value decomposition but squares the condition number: float64
-hides that, float32 shows it as features that are mixed with their neighbours. ``gram_refined``
-undoes the mixing with a few float32 products, so that it needs no float64 on any device.
+hides that, float32 shows it as features that are mixed with their neighbours; ``refined`` undoes
+the mixing where there is no float64.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features import Features
+from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.precision import split
-from mergekit_stf.core.tolerances import ALONG, FINE_TAIL, HEAD, RANK, ROUGH_TAIL, TAIL
-from mergekit_stf.core.turning import settled
+from mergekit_stf.core.tolerances import ALONG, HEAD, RANK, ROUGH_TAIL, TAIL
+
+Route = Callable[[Tensor], Features]
 
 PANELS = 4
 """Products that form the lower triangle of a Gram matrix, in five eighths of the whole's time."""
@@ -59,22 +60,7 @@ def gram_float32(M: Tensor) -> Features:
     moves by about 1e-5. Meant for inputs whose own rounding moves it by more.
     """
     _, Vh = eigen(lower_gram(M, M.dtype))
-    return _complete(*separate_tail(Vh @ M.mT, Vh, ROUGH_TAIL), "gram_float32")
-
-
-def gram_refined(M: Tensor) -> Features:
-    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart (``turning``), to about 1e-5."""
-    _, Vh = eigen(lower_gram(M, M.dtype))
-    _, Vh = separate_tail(Vh @ M.mT, Vh, FINE_TAIL)
-    return _complete(*settled(M, Vh), "gram_refined")
-
-
-ROUTES: dict[str, Callable[[Tensor], Features]] = {
-    "svd": svd,
-    "gram_float64": gram_float64,
-    "gram_float32": gram_float32,
-    "gram_refined": gram_refined,
-}
+    return complete(*separate_tail(Vh @ M.mT, Vh, ROUGH_TAIL), "gram_float32")
 
 
 def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +125,7 @@ def separate_tail(image: Tensor, Vh: Tensor, below: float = TAIL) -> tuple[Tenso
         Vh[start:] = R @ Vh[start:]
 
 
-def _complete(image: Tensor, Vh: Tensor, route: str) -> Features:
+def complete(image: Tensor, Vh: Tensor, route: str) -> Features:
     """Complete orthonormal right vectors to triples, ``M v_k = s_k u_k``.
 
     Rounding leaves ``eps * s_1`` in each image, much of a short one, and nearly all of it along

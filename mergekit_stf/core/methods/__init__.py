@@ -1,0 +1,49 @@
+"""The merge methods, one file each; ``register`` makes one known to everything else."""
+
+from __future__ import annotations
+
+from mergekit_stf.core.methods.method import Kind, Merged, Method, describe
+from mergekit_stf.core.methods.options import Option
+from mergekit_stf.core.methods.stf import SuperposeFeatures, superpose
+
+__all__ = [
+    "Kind",
+    "Merged",
+    "Method",
+    "Option",
+    "describe",
+    "get",
+    "names",
+    "register",
+    "superpose",
+]
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known by its name.
+
+    Raises:
+        ValueError: there is another one of that name.
+    """
+    known = _METHODS.setdefault(method.name, method)
+    if type(known) is not type(method):
+        raise ValueError(f"there is a merge method {method.name!r} already")
+
+
+def get(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _METHODS[name]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all methods, in the order in which they were registered."""
+    return tuple(_METHODS)
+
+
+register(SuperposeFeatures())

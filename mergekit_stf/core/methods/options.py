@@ -1,0 +1,73 @@
+"""The options of merge methods: plain data, of which the host's parameters and docs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a recipe.
+
+    Attributes:
+        name: its key under ``parameters``.
+        default: its value where the recipe gives none.
+        parse: turns what the recipe says into the value that the method uses, and raises
+            ``ValueError`` with what is allowed.
+        help: a phrase on what it does, for tables and help texts.
+        per_model: each model of the recipe may have its own.
+        numeric: its values are numbers, over which a sweep can run.
+        scales: it only scales what is added to the base, so that M does not depend on it.
+    """
+
+    name: str
+    default: Any
+    parse: Callable[[object], Any]
+    help: str
+    per_model: bool = False
+    numeric: bool = True
+    scales: bool = False
+
+
+def number(value: object) -> float:
+    """Return a finite number; YAML reads ``1e-3`` as a text, which counts as its number."""
+    message = "must be a finite number that float32 can hold"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(message)
+    try:
+        converted = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(message) from None
+    if not abs(converted) <= LARGEST:
+        raise ValueError(message)
+    return converted
+
+
+def rank(value: object) -> float:
+    """Return the fraction, up to 1, or the count, above 1, of features that are kept."""
+    if not (converted := number(value)) > 0:
+        raise ValueError("must be a fraction in (0, 1] or a count above 1")
+    return converted
+
+
+def ridge_or_auto(value: object) -> float | str:
+    """Return ``auto`` or a number that is not negative."""
+    if value == "auto":
+        return "auto"
+    message = "must be `auto` or a number, 0 or above"
+    try:
+        converted = number(value)
+    except ValueError:
+        raise ValueError(message) from None
+    if converted < 0:
+        raise ValueError(message)
+    return converted
+
+
+RANK = Option("rank", 1.0, rank, "leading features kept: a fraction up to 1, or a count above 1")

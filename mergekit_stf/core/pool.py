@@ -1,0 +1,145 @@
+"""Several matrices at a time: on shares of a CPU's cores, or on streams of a card.
+
+LAPACK's eigensolver gains little from a second core, and a card waits for the launches of small
+matrices. So each worker takes one matrix, and there are as many workers as memory has room for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+WORKSPACE = 3 * 2**28
+"""Bytes that the decompositions running at a time may need together."""
+
+SQUARES = {"cpu": 32, "cuda": 40}
+"""Bytes of workspace for each entry of an n×n Gram matrix: it, its eigenvectors, LAPACK's two; more
+on a card, where half of it does where only leading features are computed."""
+
+STREAMS = 4
+"""Matrices at a time on a card; each more keeps a workspace of the product library, 32 MB."""
+
+Matrix = TypeVar("Matrix")
+Result = TypeVar("Result")
+
+_sharing = threading.Lock()
+_large = threading.Lock()
+_own = threading.local()
+
+
+def workers_for(side: int, count: int, device: torch.device, leading: bool = False) -> int:
+    """Return how many of ``count`` matrices of a smaller side are worked on at a time.
+
+    On a CPU one more than there are cores: the system shares them out, so that none idles while the
+    last matrix is worked on. Leading features take less memory on a card.
+    """
+    squares = SQUARES.get(device.type, SQUARES["cpu"]) * max(1, side) ** 2
+    if device.type == "cuda":
+        return max(1, min(count, STREAMS, WORKSPACE // (squares // 2 if leading else squares)))
+    threads = torch.get_num_threads()
+    return max(1, min(count, threads + 1, WORKSPACE // squares)) if threads > 1 else 1
+
+
+def workspace(side: int, count: int, device: torch.device) -> int:
+    """Return the bytes that decompositions of a smaller side need besides matrices and features."""
+    squares = SQUARES.get(device.type, SQUARES["cpu"]) * side**2
+    return squares * workers_for(side, count, device)
+
+
+def each(
+    work: Callable[[Matrix], Result], matrices: Iterable[Matrix], workers: int, device: torch.device
+) -> list[Result]:
+    """Return ``work(M)`` for each matrix, in order, so many at a time.
+
+    Matrices are taken from the iterable when a worker is free, and given back when worked on. While
+    another thread of the process shares its cores out, this one works by itself.
+    """
+    if not _sharing.acquire(blocking=False):
+        return [work(M) for M in matrices]
+    threads = torch.get_num_threads()
+    try:
+        if device.type == "cuda":
+            on_stream = partial(_on_stream, work, torch.cuda.current_stream(device))
+            return _run(_streams(device), on_stream, matrices, workers)
+        torch.set_num_threads(max(1, threads // workers))
+        pool = _cores(workers, torch.get_num_threads())
+        return _run(pool, torch.no_grad()(work), matrices, workers)
+    finally:
+        torch.set_num_threads(threads)
+        _sharing.release()
+
+
+def alone(M: Tensor) -> AbstractContextManager[object]:
+    """Return what keeps large exact decompositions on a card from running at a time.
+
+    They fill it, so that they gain nothing from each other, and their workspaces would add up.
+    """
+    large = M.is_cuda and workers_for(min(M.shape), STREAMS, M.device) < STREAMS
+    return _large if large else nullcontext()
+
+
+def _run(
+    pool: ThreadPoolExecutor,
+    work: Callable[[Matrix], Result],
+    matrices: Iterable[Matrix],
+    workers: int,
+) -> list[Result]:
+    """Submit a matrix whenever a worker is free, and keep no reference to it."""
+    running: list[Future[Result]] = []
+    left = iter(matrices)
+    try:
+        while True:
+            busy = [future for future in running if not future.done()]
+            if len(busy) >= workers:
+                wait(busy, return_when=FIRST_COMPLETED)
+            else:
+                running.append(pool.submit(work, next(left)))
+    except StopIteration:
+        return [future.result() for future in running]
+    finally:
+        wait(running)
+
+
+def _on_stream(work: Callable[[Matrix], Result], caller: torch.cuda.Stream, M: Matrix) -> Result:
+    """Work on the thread's own stream, which waits for the caller's and has ended at the return."""
+    stream: torch.cuda.Stream = _own.stream
+    stream.wait_stream(caller)
+    try:
+        with torch.cuda.stream(stream), torch.no_grad():
+            return work(M)
+    finally:
+        stream.synchronize()
+
+
+@lru_cache
+def _cores(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Keep threads between weights: new ones lose a tenth to their first allocations."""
+    return ThreadPoolExecutor(workers, "stf", torch.set_num_threads, (threads,))
+
+
+@lru_cache
+def _streams(device: torch.device) -> ThreadPoolExecutor:
+    """Keep threads and streams between weights: a new one needs new handles of the libraries.
+
+    Torch loads its linear algebra at the first use, which two threads must not do at a time.
+    """
+    torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
+
+    def begin() -> None:
+        torch.cuda.set_device(device)
+        _own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    return ThreadPoolExecutor(STREAMS, "stf-card", begin)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cores.cache_clear)
+    os.register_at_fork(after_in_child=_streams.cache_clear)
