@@ -57,8 +57,7 @@ def _lines(health: Health) -> Iterator[str]:
         yield f"{device.name}: {device.description}"
         yield f"  float32 {device.float32:,.0f} GFLOP/s, float64 {device.float64:,.0f} GFLOP/s"
         for dtype, route in device.routes.items():
-            narrow = ", solved in bfloat16" if device.bfloat16 and dtype == "bfloat16" else ""
-            yield f"  {dtype} checkpoints: {route}{narrow}"
+            yield f"  {dtype} checkpoints: {route}"
     yield ""
     yield from (f"missing: {item}" for item in health.missing)
     yield from (f"problem: {item}" for item in health.problems)

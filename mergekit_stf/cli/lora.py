@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """Merge the adapters of CONFIG from their factors and write OUT.
 
-    CONFIG is a recipe of mergekit with merge_method stf whose models are «base+adapter». OUT gets
+    CONFIG is a recipe of mergekit by a method of ours whose models are «base+adapter». OUT gets
     a full model, or with --adapter one adapter. No merged copy of a model is written on the way.
     """
     if max_rank is not None and not adapter:
@@ -75,20 +75,8 @@ def command(
         merge = merge_to_adapter(recipe, out_path, options, max_rank, force, lock)
     else:
         merge = merge_to_model(recipe, out_path, options, force, lock)
-    if merge.damped:
-        echo(f"warning: {_damped(merge)}", err=True)
     if not quiet:
         _summarise(merge, out_path)
-
-
-def _damped(merge: AdapterMerge) -> str:
-    pairs = sorted({pair for found in merge.damped.values() for pair in found})
-    who = "; ".join(f"{a} and {b}" for a, b in pairs) or "the adapters together"
-    return (
-        f"{len(merge.damped)} weights were ill-posed and damped, {next(iter(merge.damped))} first: "
-        f"{who} ask for contradicting responses to nearly the same features. Leave one of them "
-        "out, or weight them"
-    )
 
 
 def _summarise(merge: AdapterMerge, out: Path) -> None:

@@ -10,7 +10,9 @@ import click
 from pydantic import BaseModel
 
 from mergekit_stf.cli.common.terminal import echo, echo_json
+from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.adapters.copies import copy_adapters, plan_adapters_as_bases
 from mergekit_stf.host.architectures.all_weights import check_quantised
 from mergekit_stf.host.architectures.coverage import unguarded
@@ -126,8 +128,11 @@ def command(
 def make_plan(config_file: Path, out: Path, options: MergeOptions, sample: int) -> Plan:
     """Check a recipe and plan its merge."""
     recipe = load_recipe(config_file)
-    if recipe.config.merge_method != "stf":
-        raise STFError(f"{config_file}: merge_method is {recipe.config.merge_method!r}, not 'stf'")
+    if not methods.known(recipe.config.merge_method):
+        raise STFError(
+            f"{config_file}: merge_method is {recipe.config.merge_method!r}; plan knows "
+            f"{', '.join(methods.names())}"
+        )
     folder = _existing(out.absolute().parent)
     input_models(recipe.config, options)
     check_quantised(recipe.config, options)
@@ -169,7 +174,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _sampled(weights: Sequence[PlannedWeight], count: int) -> list[PlannedWeight]:
-    superposed = {weight.name: weight for weight in weights if weight.rule == "superpose"}
+    superposed = {weight.name: weight for weight in weights if weight.applied_rule == MERGE}
     return [superposed[name] for name in spread(list(superposed), count)]
 
 

@@ -16,15 +16,14 @@ from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.outputs.out_folder import out_folder
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from mergekit_stf.host.provenance.conditions import Options
-from mergekit_stf.host.provenance.lock import FILE_NAME, read_lock
-from mergekit_stf.host.provenance.lock_check import differences
+from mergekit_stf.host.provenance.digests import Known
 from mergekit_stf.host.recipe.grid import Point, parse_values, points, replaced
 from mergekit_stf.host.recipe.recipe import load_recipe
-from mergekit_stf.host.run.merge import StoreOptions, merge
+from mergekit_stf.host.run.merge import StoreOptions
 from mergekit_stf.host.run.signals import add_note
 from mergekit_stf.host.store.store import Store
 from mergekit_stf.sweep.evaluate import Evaluation, evaluate
+from mergekit_stf.sweep.point import merge_point
 from mergekit_stf.sweep.table import Row, lines, write_best, write_table
 
 
@@ -117,10 +116,11 @@ def _sweep(
     evaluation: Evaluation | None,
 ) -> list[Row]:
     rows: list[Row] = []
+    known: Known = {}
     try:
         for point in grid:
             started = time.perf_counter()
-            state = _merged(point, out / point.name, options, store)
+            state = merge_point(point, out / point.name, options, store, known)
             seconds = time.perf_counter() - started
             rows.append(_row(point, out / point.name, evaluation))
             if not options.quiet:
@@ -135,26 +135,6 @@ def _sweep(
         )
         raise
     return rows
-
-
-def _merged(point: Point, folder: Path, options: MergeOptions, store: StoreOptions) -> str:
-    """Merge a point unless its folder holds just that, and say which it was."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        merge(point.recipe, folder, options, store)
-        return "merged"
-    if not (folder / FILE_NAME).exists():
-        raise STFError(f"{folder} holds no finished point; remove it, or name another OUT")
-    lock = read_lock(folder)
-    if lock.recipe != point.recipe.text:
-        raise STFError(f"{folder} holds a merge of another recipe; remove it, or name another OUT")
-    if lock.options != Options.of(options):
-        raise STFError(f"{folder} was merged with other options; remove it, or name another OUT")
-    for difference in differences(lock, folder, options.transformers_cache):
-        raise STFError(
-            f"{folder} is not what it was when it was merged ({difference}); "
-            "remove it to merge it again, or name another OUT"
-        )
-    return "is there already"
 
 
 def _row(point: Point, folder: Path, evaluation: Evaluation | None) -> Row:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import PurePath
 
+from mergekit_stf.host.diagnostics.notices import NEAR_DUPLICATE
 from mergekit_stf.host.diagnostics.preservation import Preservation
 from mergekit_stf.host.diagnostics.records import Record
 
-NEAR_DUPLICATE = 0.95
 BLOWN_UP = 2.0
 NORM_SPREAD = 3.0
 

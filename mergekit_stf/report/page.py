@@ -86,7 +86,7 @@ def _tiles(report: Report) -> Sequence[tuple[str, str]]:
 
 def _rows(report: Report) -> list[list[tuple[str, Any]]]:
     """Return, for every weight, what each column shows and what it sorts by."""
-    measured = {item.name: item.error["stf"] for item in report.preservation}
+    measured = {item.name: item.error[item.method] for item in report.preservation}
     return [_row(record, measured.get(record.name)) for record in report.records]
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from mergekit_stf.host.diagnostics.preservation import METHODS, STORED, Preservation
+from mergekit_stf.host.diagnostics.preservation import Preservation
 from mergekit_stf.report.canvas import MANY_KINDS, MARKERS, Plot, draw, logarithmic
 from mergekit_stf.report.facts import place, without_common_start
 
@@ -24,8 +24,8 @@ def by_kind(measured: Sequence[Preservation]) -> dict[str, list[Preservation]]:
 
 
 def methods_of(measured: Sequence[Preservation]) -> list[str]:
-    """Return the measured methods, ours first, what was stored last."""
-    return [name for name in (*METHODS, STORED) if name in measured[0].error]
+    """Return the measured methods, the recipe's first, what was stored last."""
+    return list(measured[0].error)
 
 
 def preservation_plots(measured: Sequence[Preservation]) -> Iterator[Plot]:
@@ -45,7 +45,7 @@ def preservation_plots(measured: Sequence[Preservation]) -> Iterator[Plot]:
             f"preservation-{number:02d}",
             kind,
             f"Preservation error of {kind} by layer, from "
-            f"{min(i.error['stf'] for i in items):.1e} for stf up to "
+            f"{min(i.error[i.method] for i in items):.1e} for {items[0].method} up to "
             f"{max(max(i.error.values()) for i in items):.1e} over all methods.",
             partial(_layers, items=items, methods=methods),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.checkpoints.files import replacing, write_text
 from mergekit_stf.host.diagnostics.finished import Finished
 from mergekit_stf.host.diagnostics.preservation import Preservation, measure
@@ -59,7 +60,7 @@ def write_report(
 
 def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> list[Preservation]:
     weights = {weight.name: weight for weight in finished.weights()}
-    superposed = [name for name, weight in weights.items() if weight.rule == "superpose"]
+    superposed = [name for name, weight in weights.items() if weight.applied_rule == MERGE]
     chosen = spread(superposed, sample)
     return [
         measure(weights[name], finished.weight(name), device)

@@ -341,7 +341,7 @@ def test_a_number_of_features_shrinks_with_the_side() -> None:
 
 
 def test_the_memory_of_a_parent_does_not_count() -> None:
-    code = "from mergekit_stf.host.diagnostics.numbers import peak_rss; print(peak_rss())"
+    code = "from mergekit_stf.host.diagnostics.memory import peak_rss; print(peak_rss())"
     filler = torch.ones(2**28)
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert 10**7 < peak < filler.nbytes

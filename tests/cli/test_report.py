@@ -59,7 +59,7 @@ def records(count: int = 6, **changes: object) -> list[Record]:
 
 
 def one_record(name: str, report: object) -> Record:
-    from mergekit_stf.host.diagnostics.numbers import summary
+    from mergekit_stf.host.diagnostics.memory import summary
 
     return Record(
         name=name,

@@ -13,6 +13,7 @@ __all__ = [
     "Option",
     "describe",
     "get",
+    "known",
     "names",
     "register",
     "superpose",
@@ -39,6 +40,11 @@ def get(name: str) -> Method:
         KeyError: there is none.
     """
     return _METHODS[name]
+
+
+def known(name: object) -> bool:
+    """Say whether a method of that name is registered."""
+    return name in _METHODS
 
 
 def names() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,17 @@ def number(value: object) -> float:
     try:
         converted = float(value)
     except (ValueError, OverflowError):
-        raise ValueError(message) from None
+        raise ValueError(decimal_comma(value) or message) from None
     if not abs(converted) <= LARGEST:
         raise ValueError(message)
     return converted
+
+
+def decimal_comma(value: object) -> str:
+    """Say how a number with a comma in it is written; nothing where there is none."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
+        return f"must be written with a point, {value.strip().replace(',', '.')}"
+    return ""
 
 
 def rank(value: object) -> float:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.lowrank import LowRank
+from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.host.adapters.config import AdapterConfig, read_config
 from mergekit_stf.host.checkpoints.inputs import locate
 from mergekit_stf.host.merging.finite import check_finite

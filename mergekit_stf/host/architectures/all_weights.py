@@ -19,6 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from mergekit_stf.core import methods
 from mergekit_stf.host.architectures.unused import Unused, add_unused, find_unused
 from mergekit_stf.host.checkpoints.dequantised import DequantisingLoader
 from mergekit_stf.host.checkpoints.quantised import Quantised, examine, refuse
@@ -55,7 +56,7 @@ def architecture_of(
     for model, found in check_quantised(config, options, dequantise).items():
         _open(model, found)
     architecture: ModelArchitecture = host_architecture(config, options)
-    if config.merge_method != "stf" or base is None:
+    if not methods.known(config.merge_method) or base is None:
         return architecture, Unused(str(base), "")
     unused = find_unused(architecture, config, options)
     return add_unused(architecture, unused, config), unused
@@ -76,7 +77,7 @@ def our_merge() -> Iterator[None]:
 
 
 def install() -> None:
-    """Give the host our answer where the method is ``stf``; for other methods nothing changes.
+    """Give the host our answer where the method is ours; for other methods nothing changes.
 
     ``mergekit.merge`` may be half imported, for our registration follows one of its imports.
     """
@@ -86,7 +87,7 @@ def install() -> None:
 
 
 def _for_host(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    if config.merge_method != "stf":
+    if not methods.known(config.merge_method):
         return host_architecture(config, options)
     ours = _ours.get()
     architecture, unused = architecture_of(config, options, dequantise=ours)

@@ -27,8 +27,8 @@ from transformers import PretrainedConfig
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.copies import check_copies
 from mergekit_stf.host.architectures.all_weights import architecture_of
-from mergekit_stf.host.architectures.kinds import collapsed, kind_of
 from mergekit_stf.host.architectures.loading import ParameterNames, hollow_model
+from mergekit_stf.host.architectures.names import collapsed, kind_of
 from mergekit_stf.host.architectures.unused import listed_weights
 from mergekit_stf.host.checkpoints.weight_files import weight_files
 
@@ -103,7 +103,9 @@ def absent_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
     return {model: names for model, names in absent.items() if names}
 
 
-def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> None:
+def guard(
+    method: str, input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None
+) -> None:
     """Check the coverage from within the host, which calls ``validate_inputs`` while it plans.
 
     The host validates each slice of the output (``default.slices[0]``) before it loads a weight,
@@ -131,7 +133,7 @@ def guard(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: s
     )
     check_copies(models, options)
     recipe = MergeConfiguration(
-        merge_method="stf",
+        merge_method=method,
         base_model=base_id,
         models=[InputModelDefinition(model=model) for model in models],
     )

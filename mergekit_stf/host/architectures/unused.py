@@ -26,8 +26,8 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_stf.host.architectures.kinds import collapsed
 from mergekit_stf.host.architectures.loading import parameter_names
+from mergekit_stf.host.architectures.names import collapsed
 from mergekit_stf.host.checkpoints.headers import stored_header
 
 COMPUTED = re.compile(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.checkpoints.content import content_of
 from mergekit_stf.host.checkpoints.headers import DTYPES, Header
-from mergekit_stf.host.merging.tasks import content_of
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8

@@ -1,97 +1,98 @@
-"""What a merge has to say aloud, once: ignored parameters, models that are near-duplicates."""
+"""What a merge has to say aloud: each kind of warning once, with a count at its end."""
 
 from __future__ import annotations
 
-import atexit
 import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
 
-from mergekit_stf.core import Report
-from mergekit_stf.host.plugin.parameters import IGNORED
+from mergekit_stf.core import Record
 
 LOG = logging.getLogger("mergekit_stf")
 
 NEAR_DUPLICATE = 0.9
 """Cosine of two task matrices from which they count as near-duplicates of each other."""
 
-_weights: Counter[tuple[str, str]] = Counter()
-_damped = 0
-_lock = threading.Lock()
+ILL_POSED = "ill-posed"
 
 
-def ignored(parameters: Mapping[str, Any]) -> None:
-    """Say once which parameters of a TIES recipe have no meaning here."""
-    for name in IGNORED:
-        if parameters.get(name) is not None:
-            _ignored_once(name, str(parameters[name]))
+@dataclass(frozen=True)
+class Notice:
+    """A warning that a merge says once, however many weights cause it.
 
-
-@functools.cache
-def once(message: str) -> None:
-    """Say something the first time that this process has it to say."""
-    LOG.warning("%s", message)
-
-
-@functools.cache
-def _ignored_once(name: str, value: str) -> None:
-    LOG.warning("stf has no use for `%s: %s` and ignores it; remove the line", name, value)
-
-
-def ill_posed(name: str, labels: Sequence[str], reports: Sequence[Report]) -> None:
-    """Count a weight whose system was damped, and the pairs of models that are near-duplicates.
-
-    The first weight is said at once, the sum by ``summary`` at the end of the merge.
+    Attributes:
+        kind: what it is about; of each kind the first is said.
+        text: the warning.
+        pairs: the models concerned, two by two.
     """
-    global _damped
-    damped = [report for report in reports if report.cutoff]
-    if not damped:
-        return
-    pairs = {pair for report in damped for pair in near_duplicates(labels, report)}
-    with _lock:
-        first = not _damped
-        _damped += 1
-        _weights.update(pairs)
-    if first:
-        atexit.register(_summarise)
-        LOG.warning("%s: %s", name, _explanation(sorted(pairs)))
+
+    kind: str
+    text: str
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
-def near_duplicates(labels: Sequence[str], report: Report) -> list[tuple[str, str]]:
-    """Return the pairs of models whose task matrices point the same or the opposite way.
+class Notices:
+    """Says the notices of one merge; safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._said: Counter[str] = Counter()
+        self._pairs: Counter[tuple[str, str]] = Counter()
+
+    def say(self, notices: Iterable[Notice]) -> None:
+        """Say what has not been said, and count the rest."""
+        for notice in notices:
+            with self._lock:
+                first = not self._said[notice.kind]
+                self._said[notice.kind] += 1
+                self._pairs.update(notice.pairs)
+            if first:
+                LOG.warning("%s", notice.text)
+
+    def summary(self) -> str | None:
+        """Return one line on all damped weights, None if there were none."""
+        damped = self._said[ILL_POSED]
+        if not damped:
+            return None
+        pairs = sorted(self._pairs.items())
+        named = "; ".join(f"{a} and {b} ({count} weights)" for (a, b), count in pairs)
+        return f"{damped} weights were ill-posed and damped{': ' if named else ''}{named}"
+
+    def close(self) -> None:
+        """Say the summary."""
+        if line := self.summary():
+            LOG.warning("%s", line)
+
+
+@functools.cache
+def once(text: str) -> None:
+    """Say something once in this process, where it belongs to no merge of ours."""
+    LOG.warning("%s", text)
+
+
+def ill_posed(record: Record) -> Iterator[Notice]:
+    """Yield a notice where the system of a weight was damped."""
+    if record.cutoff:
+        pairs = tuple(near_duplicates(record))
+        yield Notice(ILL_POSED, f"{record.name}: {_explanation(pairs)}", pairs)
+
+
+def near_duplicates(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of models whose task matrices point the same or the opposite way.
 
     The names of a pair are sorted, because the order of tasks differs between weights.
     """
-    return [
-        (min(labels[i], labels[j]), max(labels[i], labels[j]))
-        for i in range(len(labels))
-        for j in range(i + 1, len(labels))
-        if abs(report.overlaps[i][j]) >= NEAR_DUPLICATE
-    ]
+    for i, j in combinations(range(len(record.models)), 2):
+        if abs(record.cosine[i][j]) >= NEAR_DUPLICATE:
+            first, second = sorted((record.models[i], record.models[j]))
+            yield first, second
 
 
-def summary() -> str | None:
-    """Return one line on all damped weights since the last call, ``None`` if there were none."""
-    global _damped
-    with _lock:
-        pairs, damped = dict(_weights), _damped
-        _weights.clear()
-        _damped = 0
-    if not damped:
-        return None
-    named = "; ".join(f"{a} and {b} ({count} weights)" for (a, b), count in sorted(pairs.items()))
-    return f"{damped} weights were ill-posed and damped{': ' if named else ''}{named}"
-
-
-def _summarise() -> None:
-    if line := summary():
-        LOG.warning(line)
-
-
-def _explanation(pairs: Sequence[tuple[str, str]]) -> str:
+def _explanation(pairs: Iterable[tuple[str, str]]) -> str:
     who = "; ".join(f"{a} and {b}" for a, b in pairs) or "the models together"
     return (
         f"{who} ask for contradicting responses to nearly the same features; what they "

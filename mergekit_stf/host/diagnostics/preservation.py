@@ -14,13 +14,15 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods.api import merge_tensors
 
-from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.merging.tasks import Task, deltas
-from mergekit_stf.host.merging.weights import superposed
+from mergekit_stf.core import LowRank, STFError
+from mergekit_stf.core.features import kept_rank
+from mergekit_stf.core.tolerances import RANK
+from mergekit_stf.host.merging.differences import differences
+from mergekit_stf.host.merging.job import merge_matrix
+from mergekit_stf.host.merging.parts import parts
 from mergekit_stf.host.planning.planned import PlannedWeight
 
 RIVALS = ("linear", "task_arithmetic", "ties")
-METHODS = ("stf", *RIVALS)
 STORED = "stored"
 
 
@@ -30,6 +32,7 @@ class Preservation:
 
     Attributes:
         name: the weight.
+        method: that merged it, the first in ``error``.
         features: number of features, over all tasks.
         mean_square: mean of σ², the scale of the error: what a merge that answers no feature
             at all would have.
@@ -37,6 +40,7 @@ class Preservation:
     """
 
     name: str
+    method: str
     features: int
     mean_square: float
     error: dict[str, float]
@@ -59,38 +63,37 @@ class Features:
 def measure(
     weight: PlannedWeight, written: torch.Tensor | None = None, device: str = "cpu"
 ) -> Preservation:
-    """Measure one weight for ``stf`` and, on the same inputs, for other methods.
+    """Measure one weight for its own method and, on the same inputs, for methods of the host.
 
     A rival is what the host makes of the same recipe with its method changed and λ = 1.
 
     Args:
-        weight: a weight of rule ``superpose``, one matrix, a stack or a fused projection.
+        weight: a linear map that its method merges, one matrix, a stack or a fused projection.
         written: the weight as the merge wrote it, to measure what storing it rounded off.
         device: where to compute.
     """
-    compute = torch.promote_types(weight.dtype, torch.float32)
     base = _load(weight, weight.base, device)
-    tasks = [
-        Task(str(model), _load(weight, model, device), scale, density)
-        for model, scale, density in zip(weight.models, weight.weight, weight.density, strict=True)
-    ]
-    ours, reports = superposed(weight.name, base, tasks, compute, weight.shared)
-    merged = {"stf": ours.double()}
+    tuned = [_load(weight, model, device) for model in weight.models]
+    job, compute = weight.job(base, tuned), torch.promote_types(weight.dtype, torch.float32)
+    merged = {weight.method: _whole(merge_matrix(job).M)}
     for name in RIVALS:
-        merged[name] = _rival(name, base.to(compute), [t.tuned.to(compute) for t in tasks], weight)
+        merged[name] = _rival(name, base.to(compute), [P.to(compute) for P in tuned], weight)
     if written is not None and weight.shared["lambda"]:
         merged[STORED] = (written.to(device).double() - base.double()) / weight.shared["lambda"]
-    pieces = {name: weight.pieces(M) for name, M in merged.items()}
-    tasks_of = zip(*(weight.pieces(M) for M in deltas(base, tasks, compute)), strict=True)
-    parts = [
+    rank = weight.options.get("rank", 1.0)
+    measured = [
         _measure_matrix(
-            [_features(M, count) for M, count in zip(matrices, report.ranks, strict=True)],
-            {name: matrices[index] for name, matrices in pieces.items()},
-            weight.name,
+            [_features(_whole(M), rank) for M in differences(job, index)],
+            {name: M[index] for name, M in merged.items()},
+            weight,
         )
-        for index, (matrices, report) in enumerate(zip(tasks_of, reports, strict=True))
+        for index, _ in parts(weight.name, base.shape, job.split)
     ]
-    return _joined(weight.name, parts)
+    return _joined(measured)
+
+
+def _whole(M: torch.Tensor | LowRank) -> torch.Tensor:
+    return (M.dense() if isinstance(M, LowRank) else M).double()
 
 
 def _load(weight: PlannedWeight, model: ModelReference, device: str) -> torch.Tensor:
@@ -115,7 +118,7 @@ def _rival(
 
 
 def _measure_matrix(
-    features: Sequence[Features], merged: dict[str, torch.Tensor], name: str
+    features: Sequence[Features], merged: dict[str, torch.Tensor], weight: PlannedWeight
 ) -> Preservation:
     total = sum(task.s.numel() for task in features)
     squares = sum(float(task.s.square().sum()) for task in features)
@@ -123,20 +126,23 @@ def _measure_matrix(
         method: sum(float(task.errors(M).sum()) for task in features) / max(1, total)
         for method, M in merged.items()
     }
-    return Preservation(name, total, squares / max(1, total), errors)
+    return Preservation(weight.name, weight.method, total, squares / max(1, total), errors)
 
 
-def _features(delta: torch.Tensor, count: int) -> Features:
-    U, s, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+def _features(delta: torch.Tensor, rank: float) -> Features:
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    kept = kept_rank((delta.shape[0], delta.shape[1]), rank)
+    count = min(kept, int(torch.count_nonzero(s > RANK * s[0])))
     return Features(U[:, :count], s[:count], Vh[:count])
 
 
-def _joined(name: str, parts: list[Preservation]) -> Preservation:
+def _joined(parts: list[Preservation]) -> Preservation:
     """Average the matrices of one weight, each feature counting once."""
     total = sum(part.features for part in parts)
     share = [part.features / max(1, total) for part in parts]
     return Preservation(
-        name,
+        parts[0].name,
+        parts[0].method,
         total,
         sum(w * part.mean_square for w, part in zip(share, parts, strict=True)),
         {

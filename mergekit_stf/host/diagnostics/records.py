@@ -1,99 +1,26 @@
-"""What a merge did to each weight, one JSON line a weight, as a by-product of merging.
-
-The method asks ``active()`` once a weight and, when a recorder listens, hands it the engine's
-reports, which hold all that is written; nothing is computed twice.
-"""
+"""What a merge did to each weight, one JSON line a weight, as a by-product of merging."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.superpose import Report
+from mergekit_stf.core.record import Record
 from mergekit_stf.host.checkpoints.files import read_text
-from mergekit_stf.host.diagnostics.numbers import peak_device, peak_rss, summary
+
+__all__ = ["FILE_NAME", "VARIABLE", "Record", "Recorder", "from_json", "read", "to_json"]
 
 FILE_NAME = "stf-diagnostics.jsonl"
 VARIABLE = "MERGEKIT_STF_DIAGNOSTICS"
 
-
-class Record(BaseModel):
-    """One weight of a merge. What is None or empty was not computed for it.
-
-    Attributes:
-        name: of the weight.
-        rule: that merged it.
-        shape: of the weight.
-        models: the tuned models, sorted; the order of every list below.
-        seconds: to merge it, reading and writing left out.
-        peak_rss: the process's memory high-water mark after this weight, in bytes.
-        peak_device: the most memory allocated on the accelerator until then, in bytes.
-        routes: of the decomposition, one a task.
-        kept: features that each task brought into the system.
-        iterations: applications of G.
-        residual: ``‖Gα − s‖ / ‖s‖`` at the end of the solve.
-        precision: of the products of the solve, ``bfloat16`` or ``full``.
-        converged: whether the solve came below its tolerance.
-        condition: lower bound of the condition number of G.
-        energy: ``‖M‖² / Σ‖M_i‖²`` of the exact answer; far above 1, tasks contradict each other.
-        ridge: added to the diagonal of G.
-        cutoff: eigenvalue of G below which contradictions were damped; 0 is the exact answer.
-        alpha_ratio: minimum, quartiles and maximum of α/s; 1 is task arithmetic.
-        spectra: of each task, singular values at the ranks of ``core.features.spectrum_ranks``.
-        norms: ``‖M_i‖``.
-        norm_sum: ``‖Σ M_i‖``, the length that task arithmetic would give.
-        norm_merged: ``‖M‖``.
-        cosine: ``⟨M_i, M_j⟩ / (‖M_i‖ ‖M_j‖)``, the interference of each pair of tasks.
-    """
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-    name: str
-    rule: str
-    shape: list[int]
-    models: list[str]
-    seconds: float
-    peak_rss: int | None = None
-    peak_device: int | None = None
-    routes: list[str] = []
-    kept: list[int] = []
-    iterations: int | None = None
-    residual: float | None = None
-    precision: str | None = None
-    converged: bool | None = None
-    condition: float | None = None
-    energy: float | None = None
-    ridge: float | None = None
-    cutoff: float | None = None
-    alpha_ratio: list[float] = []
-    spectra: list[list[float]] = []
-    norms: list[float] = []
-    norm_sum: float | None = None
-    norm_merged: float | None = None
-    cosine: list[list[float]] = []
-
-    @model_validator(mode="after")
-    def _agree(self) -> Record:
-        """Check that every list with a value for each model is as long as that of the models."""
-        lists: tuple[Sequence[object], ...] = (
-            self.routes, self.kept, self.spectra, self.norms, self.cosine,
-        )  # fmt: skip
-        if any(len(one) not in (0, len(self.models)) for one in lists) or any(
-            len(row) != len(self.models) for row in self.cosine
-        ):
-            raise ValueError("its lists differ in length from that of its models")
-        if self.routes and not (self.norms and self.cosine):
-            raise ValueError("it tells of a solve and not of its tasks")
-        if len(self.alpha_ratio) not in (0, 5) or any(side < 0 for side in self.shape):
-            raise ValueError("its quantiles or its shape are wrong")
-        return self
+_strict = dataclass(frozen=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(_strict(Record))
 
 
 class Recorder:
@@ -112,43 +39,10 @@ class Recorder:
         except OSError as error:
             raise STFError(f"cannot write diagnostics to {path}: {error.strerror}") from error
 
-    def record(
-        self,
-        *,
-        name: str,
-        rule: str,
-        shape: Sequence[int],
-        models: Sequence[str],
-        seconds: float,
-        device: torch.device,
-        reports: Sequence[Report] = (),
-    ) -> None:
-        """Write what happened to one weight.
-
-        Args:
-            name: of the weight.
-            rule: that merged it.
-            shape: of the weight.
-            models: one label for each tuned model, in the order of the reports; this differs
-                from weight to weight, and records sort it.
-            seconds: to merge it, reading and writing left out.
-            device: where it was merged.
-            reports: the engine's, one for each matrix of an expert stack; none for rules without
-                a solve and for matrices that came from the store.
-        """
-        order = sorted(range(len(models)), key=models.__getitem__)
-        record = Record(
-            name=name,
-            rule=rule,
-            shape=list(shape),
-            models=[models[task] for task in order],
-            seconds=seconds,
-            peak_rss=peak_rss(),
-            peak_device=peak_device(device),
-            **summary(reports, order),
-        )
+    def write(self, record: Record) -> None:
+        """Append what happened to one weight."""
         with self._lock:
-            self._stream.write(record.model_dump_json(exclude_defaults=True) + "\n")
+            self._stream.write(to_json(record) + "\n")
             self._stream.flush()
 
     def close(self) -> None:
@@ -156,36 +50,20 @@ class Recorder:
         self._stream.close()
 
 
-# A module's state, not a ContextVar: the host merges on several cards from threads that it
-# starts itself, and these would not inherit a context.
-_current: list[Recorder] = []
-_from_environment: dict[str, Recorder] = {}
-_lock = threading.Lock()
+def to_json(record: Record) -> str:
+    """Return a record as one line, without what was not computed."""
+    return _ADAPTER.dump_json(record, exclude_defaults=True).decode()
 
 
-@contextlib.contextmanager
-def recording(path: Path) -> Iterator[Recorder]:
-    """Record every weight that is merged inside the block, to ``path``."""
-    recorder = Recorder(path)
-    _current.append(recorder)
-    try:
-        yield recorder
-    finally:
-        _current.remove(recorder)
-        recorder.close()
+def from_json(text: str) -> Record:
+    """Read a record.
 
-
-def active() -> Recorder | None:
-    """Return the recorder that listens: the block's, or the one the environment names."""
-    if _current:
-        return _current[-1]
-    path = os.environ.get(VARIABLE)
-    if not path:
-        return None
-    with _lock:
-        if path not in _from_environment:
-            _from_environment[path] = Recorder(Path(path))
-        return _from_environment[path]
+    Raises:
+        ValueError: the text is none, or contradicts itself.
+    """
+    record: Record = _ADAPTER.validate_json(text)
+    _check(record)
+    return record
 
 
 def read(path: Path) -> list[Record]:
@@ -200,9 +78,26 @@ def read(path: Path) -> list[Record]:
 
 def _parse(line: str, path: Path, number: int) -> Record:
     try:
-        return Record.model_validate_json(line)
+        record = from_json(line)
+        if not (record.name and record.rule):
+            raise ValueError("it names no weight or no rule")
     except ValueError as error:
         raise STFError(
             f"{path}, line {number} is not a record of a merge; "
             "delete the file and merge again to have it written anew"
         ) from error
+    return record
+
+
+def _check(record: Record) -> None:
+    """Check that every list with a value for each model is as long as that of the models."""
+    tasks = len(record.models) or len(record.norms)
+    lists: tuple[Sequence[object], ...] = (
+        record.routes, record.kept, record.spectra, record.norms, record.cosine,
+    )  # fmt: skip
+    if any(len(one) not in (0, tasks) for one in (*lists, *record.cosine)):
+        raise ValueError("its lists differ in length from that of its models")
+    if record.routes and not (record.norms and record.cosine):
+        raise ValueError("it tells of a solve and not of its tasks")
+    if len(record.alpha_ratio) not in (0, 5) or any(side < 0 for side in record.shape):
+        raise ValueError("its quantiles or its shape are wrong")

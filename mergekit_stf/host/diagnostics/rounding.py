@@ -6,9 +6,7 @@ several per cent to noise. ``out_dtype`` rounds once, at the end.
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from mergekit.common import ModelReference
@@ -16,39 +14,33 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_stf.host.checkpoints.headers import stored_header
+from mergekit_stf.host.diagnostics.notices import Notice
 
-LOG = logging.getLogger("mergekit_stf")
 
-
-def note(name: str, entries: Iterable[TensorEntry]) -> None:
-    """Warn once per model whose tensor came in with less precision than it is stored with.
+def rounded_inputs(name: str, entries: Iterable[TensorEntry]) -> Iterator[Notice]:
+    """Yield a notice for each model whose tensor came with less precision than it is stored with.
 
     Tensors that no checkpoint of the host holds under this name are passed over.
+
+    Args:
+        name: of the weight.
+        entries: what the host hands to the method.
     """
     for entry in entries:
-        if isinstance(entry.id, ModelReference) and entry.tensor.is_floating_point():
-            _note_once(entry.id, entry.tensor.dtype, name)
+        if not isinstance(entry.id, ModelReference) or not entry.tensor.is_floating_point():
+            continue
+        loader, dtype = LoaderCache().loaders.get(entry.id), entry.tensor.dtype
+        if loader is None or name not in loader.index.tensor_paths:
+            continue
+        stored = stored_header(loader, name).dtype
+        if stored.is_floating_point and torch.finfo(stored).eps < torch.finfo(dtype).eps:
+            yield Notice(f"rounding {entry.id}", _text(entry.id, dtype, stored))
 
 
-@functools.cache
-def _note_once(model: ModelReference, dtype: torch.dtype, name: str) -> None:
-    loader = LoaderCache().loaders.get(model)
-    if loader is None or name not in loader.index.tensor_paths:
-        return
-    stored = stored_header(loader, name).dtype
-    if stored.is_floating_point and torch.finfo(stored).eps < torch.finfo(dtype).eps:
-        _warn_once(model, dtype, stored)
-
-
-@functools.cache
-def _warn_once(model: ModelReference, dtype: torch.dtype, stored: torch.dtype) -> None:
-    short, stored_short = (str(d).removeprefix("torch.") for d in (dtype, stored))
-    LOG.warning(
-        "`dtype: %s` rounds %s, stored in %s, before the differences to the base are formed, and "
-        "much of a small difference is lost; write `dtype: %s` and `out_dtype: %s` instead",
-        short,
-        model,
-        stored_short,
-        stored_short,
-        short,
+def _text(model: ModelReference, dtype: torch.dtype, stored: torch.dtype) -> str:
+    short, wide = (str(d).removeprefix("torch.") for d in (dtype, stored))
+    return (
+        f"`dtype: {short}` rounds {model}, stored in {wide}, before the differences to the base "
+        f"are formed, and much of a small difference is lost; write `dtype: {wide}` and "
+        f"`out_dtype: {short}` instead"
     )

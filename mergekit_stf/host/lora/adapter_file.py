@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.lowrank import LowRank, truncated
+from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.host.adapters.read import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from mergekit_stf.host.lora.merge import AdapterMerger
+from mergekit_stf.host.lora.jobs import AdapterJobs
 from mergekit_stf.host.lora.plan import AdapterPlan, TouchedWeight
 from mergekit_stf.host.lora.recipe import base_of
 from mergekit_stf.host.merging.finite import rounded
+from mergekit_stf.host.merging.job import scale_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Module:
 
 
 def write_adapter(
-    merger: AdapterMerger, config: MergeConfiguration, out: Path, max_rank: int | None = None
+    jobs: AdapterJobs, config: MergeConfiguration, out: Path, max_rank: int | None = None
 ) -> list[Module]:
     """Write one LoRA adapter that changes the base as the merge does, lambda included.
 
@@ -58,7 +58,7 @@ def write_adapter(
     ``out_dtype``, and a module's rank is the sum of the ranks of its updates.
 
     Args:
-        merger: merges what the adapters change.
+        jobs: merge what the adapters change.
         config: the recipe, for the base's name and the type of the factors.
         out: an existing directory.
         max_rank: the rank to which every larger module is truncated.
@@ -70,8 +70,8 @@ def write_adapter(
     dtype = dtype_from_name(config.out_dtype or config.dtype) or torch.float32
     tensors: dict[str, Tensor] = {}
     modules: list[Module] = []
-    for stored, touched in merger.plan.touched.items():
-        matrix = _factors(merger, stored, touched, max_rank)
+    for stored, touched in jobs.plan.touched.items():
+        matrix = _factors(jobs, stored, touched, max_rank)
         if matrix is None or not matrix.rank:
             continue
         module, matrix = _shortened(touched.name.removesuffix(".weight"), matrix, max_rank)
@@ -81,7 +81,7 @@ def write_adapter(
     if not modules:
         raise STFError("the merge changes nothing, so there is no adapter to write")
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_config(_config(merger.plan, base_of(config), modules), out / CONFIG_FILE)
+    _write_config(_config(jobs.plan, base_of(config), modules), out / CONFIG_FILE)
     return modules
 
 
@@ -92,16 +92,20 @@ def total_error(modules: Sequence[Module]) -> float:
 
 
 def _factors(
-    merger: AdapterMerger, stored: str, touched: TouchedWeight, max_rank: int | None
+    jobs: AdapterJobs, stored: str, touched: TouchedWeight, max_rank: int | None
 ) -> LowRank | None:
     planned = touched.planned
     if len(planned.header.shape) != 2 or not touched.name.endswith(".weight"):
         raise STFError(f"{planned.name}: no adapter can hold it; write a full model instead")
-    loader = LoaderCache().get(merger.plan.base)
-    delta = merger.delta(stored, lambda: loader.get_tensor(stored))
-    if isinstance(delta, Tensor):
-        delta = LowRank(delta.double(), torch.eye(delta.shape[1], dtype=torch.float64))
-    if delta is None or max_rank is not None or delta.rank <= _rank_sum(touched):
+    found = jobs.merged(stored)
+    if found is None:
+        return None
+    job, merged = found
+    M = merged.M
+    if isinstance(M, Tensor):
+        M = LowRank(M.double(), torch.eye(M.shape[1], dtype=torch.float64))
+    delta = M.scaled(scale_of(job))
+    if max_rank is not None or delta.rank <= _rank_sum(touched):
         return delta
     raise STFError(
         f"{planned.name}: its update has rank {delta.rank} instead of {_rank_sum(touched)} "
@@ -121,6 +125,17 @@ def _shortened(name: str, matrix: LowRank, max_rank: int | None) -> tuple[Module
         return Module(name, matrix.rank, 0.0, matrix.norm), matrix
     short, dropped = truncated(matrix, limit)
     return Module(name, short.rank, dropped, matrix.norm), short
+
+
+def truncated(matrix: LowRank, rank: int) -> tuple[LowRank, float]:
+    """Return the best approximation of at most this rank, and its error.
+
+    Returns:
+        the approximation (Eckart-Young), and the Frobenius norm of what was dropped.
+    """
+    U, s, Vh = matrix.svd()
+    dropped = float(torch.linalg.vector_norm(s[rank:]))
+    return LowRank(U[:, :rank] * s[:rank], Vh[:rank]), dropped
 
 
 def _tensors(

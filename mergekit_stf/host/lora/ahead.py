@@ -4,47 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from types import TracebackType
+from typing import Generic, TypeVar
 
-from torch import Tensor
-
-from mergekit_stf.host.lora.merge import AdapterMerger
-from mergekit_stf.host.lora.tasks import Delta
+Result = TypeVar("Result")
 
 AHEAD = 4
 """Weights that are merged before they are written."""
 
 
-class Ahead:
-    """What is added to each weight, computed by a thread of its own while others are written.
+class Ahead(Generic[Result]):
+    """The result of each name, computed by a thread of its own while others are written.
 
     Args:
-        merger: merges what the adapters change.
-        names: of all weights, about in the order in which they will be taken.
-        read: reads a tensor of the base.
+        names: all of them, about in the order in which they will be taken.
+        work: computes the result of one.
     """
 
-    def __init__(
-        self, merger: AdapterMerger, names: Iterable[str], read: Callable[[str], Tensor]
-    ) -> None:
-        self._merger, self._names, self._read = merger, iter(names), read
+    def __init__(self, names: Iterable[str], work: Callable[[str], Result]) -> None:
+        self._names, self._work = iter(names), work
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._deltas: dict[str, Future[Delta | None]] = {}
+        self._results: dict[str, Future[Result]] = {}
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Ahead[Result]:
         """Return the object itself."""
         return self
 
-    def take(self, name: str) -> Delta | None:
-        """Return what is added to a weight, None where nothing is."""
-        while name not in self._deltas or len(self._deltas) <= AHEAD:
+    def take(self, name: str) -> Result:
+        """Return the result of a name."""
+        while name not in self._results or len(self._results) <= AHEAD:
             following = next(self._names, None)
             if following is None:
                 break
-            base = partial(self._read, following)
-            self._deltas[following] = self._pool.submit(self._merger.delta, following, base)
-        return self._deltas.pop(name).result()
+            self._results[following] = self._pool.submit(self._work, following)
+        return self._results.pop(name).result()
 
     def __exit__(
         self,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mergekit_stf.host.checkpoints.headers import Header
 from mergekit_stf.host.checkpoints.shards import write_shards
 from mergekit_stf.host.lora.ahead import Ahead
-from mergekit_stf.host.lora.merge import AdapterMerger
+from mergekit_stf.host.lora.jobs import AdapterJobs, Found
 from mergekit_stf.host.lora.plan import AdapterPlan, TouchedWeight
 
 COMPANIONS = [
@@ -41,7 +41,7 @@ SMALL = 128
 
 
 def write_model(
-    merger: AdapterMerger, config: MergeConfiguration, options: MergeOptions, out: Path
+    jobs: AdapterJobs, config: MergeConfiguration, options: MergeOptions, out: Path
 ) -> None:
     """Write the merged model: every tensor of the base, changed where an adapter touches it.
 
@@ -49,12 +49,12 @@ def write_model(
     other copy of the model is made.
 
     Args:
-        merger: merges what the adapters change.
+        jobs: merge what the adapters change.
         config: the recipe, for its types.
         options: the host's; ``out_shard_size``, ``quiet`` and ``trust_remote_code`` are used.
         out: an existing directory.
     """
-    plan = merger.plan
+    plan = jobs.plan
     loader = LoaderCache().get(plan.base)
     shards = loader.index.tensor_paths
     asked = dtype_from_name(config.out_dtype or config.dtype)
@@ -63,11 +63,15 @@ def write_model(
         tensor = loader.get_tensor(name)
         headers[name] = Header(tuple(tensor.shape), _out_dtype(plan, name, tensor, asked))
     progress = tqdm(total=len(headers), disable=options.quiet)
-    with progress, _one_core_each(plan), Ahead(merger, headers, loader.get_tensor) as deltas:
+
+    def merged(name: str) -> Found | None:
+        return jobs.merged(name, headers[name].dtype)
+
+    with progress, _one_core_each(plan), Ahead(headers, merged) as ahead:
 
         def pieces(name: str) -> Iterator[Tensor]:
-            delta = deltas.take(name)
-            yield from merger.pieces(name, delta, loader.get_tensor(name), headers[name].dtype)
+            found = ahead.take(name)
+            yield from jobs.pieces(name, found, loader.get_tensor(name), headers[name].dtype)
             progress.update()
 
         write_shards(headers, pieces, out, options.out_shard_size)

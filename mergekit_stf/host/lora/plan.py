@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.lowrank import LowRank
+from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.host.adapters.placing import by_stored_names, module_name, placed_adapter
 from mergekit_stf.host.adapters.read import Adapter, Update, read_adapter
 from mergekit_stf.host.architectures.coverage import unguarded

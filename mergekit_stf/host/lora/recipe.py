@@ -5,6 +5,7 @@ from __future__ import annotations
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
 
+from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.config import FULL_ROUTE
 
@@ -13,11 +14,14 @@ def adapter_paths(config: MergeConfiguration) -> list[ModelPath]:
     """Return the adapters of a recipe in its order.
 
     Raises:
-        STFError: the recipe is not ``merge_method: stf`` over ``models:`` that are all
+        STFError: the recipe is not a method of ours over ``models:`` that are all
             ``base+adapter`` with the ``base_model`` as their base, or it changes the vocabulary.
     """
-    if config.merge_method != "stf":
-        raise STFError(f"merge_method {config.merge_method!r}: adapters are merged with 'stf' only")
+    if not methods.known(config.merge_method):
+        raise STFError(
+            f"merge_method {config.merge_method!r}: adapters are merged by the methods "
+            f"{', '.join(methods.names())} only"
+        )
     if config.models is None:
         raise STFError(f"slices and modules cannot be used with adapters' factors; {FULL_ROUTE}")
     if config.tokenizer is not None or config.tokenizer_source not in (None, "base"):

@@ -12,8 +12,8 @@ from mergekit.io.tasks import LoaderCache
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.architectures.kinds import kind_of
 from mergekit_stf.host.architectures.loading import parameter_names
+from mergekit_stf.host.architectures.names import kind_of
 
 LOG = logging.getLogger("mergekit_stf")
 
@@ -86,6 +86,19 @@ def check_finite(name: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
                 f"{name}: {label} has {count} entries that are NaN or infinite; "
                 "mend that checkpoint or leave the model out"
             )
+
+
+def check_type(name: str, dtype: torch.dtype) -> None:
+    """Refuse types that cannot hold a merged weight.
+
+    Raises:
+        STFError: the weight is quantised.
+    """
+    if dtype.itemsize < 2:
+        raise STFError(
+            f"{name}: {str(dtype).removeprefix('torch.')} weights differ between the models and "
+            "cannot be merged; dequantise the checkpoints first, or set `dtype: bfloat16`"
+        )
 
 
 def _extremes(x: Tensor) -> Tensor:

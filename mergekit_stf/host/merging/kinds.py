@@ -1,16 +1,15 @@
-"""Which of the paper's rules a weight gets, from what mergekit tells a method about it.
+"""What a weight is in its model, from what mergekit tells a method about it.
 
-A method receives a weight's name, shape and ``vocabulary_axis``. ``rule_for`` reads the rule from
-these three. ``tests/host/test_rules.py`` compares it with the class of the module that owns the
-weight in transformers; ``docs/architectures.md`` lists where a name says too little.
+A method receives a weight's name, shape and ``vocabulary_axis``. ``kind_for`` reads the kind from
+these three; what a kind gets is the method's own table. ``tests/host/test_rules.py`` compares it
+with the class of the module that owns the weight in transformers; ``docs/architectures.md`` lists
+where a name says too little.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
-Rule = Literal["superpose", "sum", "mean", "base"]
-"""``superpose`` is Algorithm 1, ``sum`` and ``mean`` are Algorithm 2, ``base`` keeps the base."""
+from mergekit_stf.core.methods import Kind
 
 NORMALISATION = re.compile(r"norm|rms$|(^|_)(ln|bn)(_|\d|$)", re.IGNORECASE)
 """Modules: ``input_layernorm``, ``q_norm``, ``ln_1``, ``norm1``, CLIP's own ``pre_layrnorm``."""
@@ -34,22 +33,24 @@ EXPERTS = re.compile(r"experts$|^(input|output)_linear$")
 """Modules that hold a stack of matrices, one linear map per expert."""
 
 
-def rule_for(name: str | None, shape: Sequence[int], vocabulary_axis: int | None) -> Rule:
-    """Return the rule for a weight of this name and shape.
+def kind_for(name: str | None, shape: Sequence[int], vocabulary_axis: int | None) -> Kind:
+    """Return the kind of a weight of this name and shape.
 
     Args:
         name: the weight's name in the checkpoint, or ``None`` where the host has none.
-        shape: its shape; a matrix is superposed, a stack of experts matrix by matrix.
+        shape: its shape; a matrix is one linear map, a stack of experts one for each.
         vocabulary_axis: the axis that is indexed by token where the host knows one.
     """
     *owners, parameter = (name or "").split(".")
     owner = next((part for part in reversed(owners) if not part.isdigit()), "")
     if vocabulary_axis is not None:
-        return "sum"
+        return Kind.TABLE
     if NORMALISATION.search(owner) or (parameter == "weight" and len(shape) == 1):
-        return "mean"
-    if VECTOR.search(parameter) or (TABLE.search(owner) and not PROJECTION.search(owner)):
-        return "sum"
+        return Kind.NORMALISATION
+    if VECTOR.search(parameter):
+        return Kind.VECTOR
+    if TABLE.search(owner) and not PROJECTION.search(owner):
+        return Kind.TABLE
     if len(shape) == 2 or (len(shape) == 3 and EXPERTS.search(owner)):
-        return "superpose"
-    return "sum"
+        return Kind.LINEAR
+    return Kind.VECTOR

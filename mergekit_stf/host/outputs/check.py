@@ -22,12 +22,12 @@ from transformers import AutoConfig, PretrainedConfig
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.text import printable
 from mergekit_stf.host.architectures.coverage import ALLOW_LOSS
-from mergekit_stf.host.architectures.kinds import collapsed, kind_of
 from mergekit_stf.host.architectures.loading import ParameterNames, parameter_names
+from mergekit_stf.host.architectures.names import collapsed, kind_of
+from mergekit_stf.host.checkpoints.content import same_bits
 from mergekit_stf.host.checkpoints.counts import check_counts
 from mergekit_stf.host.checkpoints.headers import stored_header
 from mergekit_stf.host.merging.finite import is_finite
-from mergekit_stf.host.merging.tasks import same_bits
 from mergekit_stf.host.outputs.written import Written
 from mergekit_stf.host.recipe.yaml_text import first_line
 

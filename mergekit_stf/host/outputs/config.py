@@ -20,9 +20,9 @@ import torch
 from transformers import AutoConfig
 
 from mergekit_stf.host.architectures.loading import ParameterNames
+from mergekit_stf.host.checkpoints.content import same_bits
 from mergekit_stf.host.checkpoints.files import write_text
 from mergekit_stf.host.checkpoints.quantised import KEYS
-from mergekit_stf.host.merging.tasks import same_bits
 from mergekit_stf.host.outputs.check import names_of
 from mergekit_stf.host.outputs.written import Written
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.provenance.lock import FILE_NAME, output_names, read_lock

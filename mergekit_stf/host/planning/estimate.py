@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.gram import blocks_size
-from mergekit_stf.core.threads import workspace
+from mergekit_stf.core.methods.method import MERGE
+from mergekit_stf.core.pool import workspace
+from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.checkpoints.headers import header_if_any
-from mergekit_stf.host.diagnostics.numbers import peak_rss
-from mergekit_stf.host.planning.calibrate import kind_of, measure_kinds
+from mergekit_stf.host.diagnostics.memory import peak_rss
+from mergekit_stf.host.planning.calibrate import measure, workload_of
 from mergekit_stf.host.planning.planned import PlannedWeight
 
 _SAMPLE = 16 * 2**20
@@ -66,9 +68,9 @@ def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Pa
     starting = process_age()
     before = peak_rss() or 0
     device = torch.device(options.device or "cpu")
-    kinds = {weight.name: kind_of(weight) for weight in weights}
-    seconds = measure_kinds(list(kinds.values()), device)
-    by_weight = {name: seconds[kind] for name, kind in kinds.items()}
+    workloads = {weight.name: workload_of(weight) for weight in weights}
+    seconds = measure(list(workloads.values()), device)
+    by_weight = {name: seconds[workload] for name, workload in workloads.items()}
     output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
     store = sum(weight.stored_bytes for weight in weights)
     mapped = _input_bytes(weights)
@@ -93,13 +95,8 @@ def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Pa
 
 
 def process_age() -> float:
-    """Return the seconds since this process started, 0 where the system does not say."""
-    try:
-        fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        up = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
-    except OSError:
-        return 0.0
-    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    """Return the seconds since this process started."""
+    return float(time.time() - psutil.Process().create_time())
 
 
 def _matrix_bytes(weight: PlannedWeight) -> int:
@@ -123,7 +120,7 @@ def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     by matrix of a stack.
     """
     one = _matrix_bytes(weight)
-    if weight.rule != "superpose":
+    if weight.applied_rule != MERGE:
         return 4 * one
     *stack, rows, columns = weight.header.shape
     part = one // (stack[0] if stack else 1)

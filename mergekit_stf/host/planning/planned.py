@@ -6,6 +6,7 @@ come out here as they do in the merge. Only headers are read until ``load`` is c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,14 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_stf.core import methods
+from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.architectures.all_weights import architecture_of
 from mergekit_stf.host.checkpoints.headers import Header, header_of
-from mergekit_stf.host.merging.kinds import Rule, rule_for
+from mergekit_stf.host.merging.job import Task, WeightJob, applied_rule, shown_rule
+from mergekit_stf.host.merging.kinds import kind_for
 from mergekit_stf.host.merging.split import parse as parse_split
-from mergekit_stf.host.store.store import is_worth
+from mergekit_stf.host.store.jobs import is_worth
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class PlannedWeight:
 
     Attributes:
         name: its name in the output.
-        rule: the rule that merges it.
+        method: the merge method.
+        kind: what the weight is in its model.
+        rule: the rule that merges it, as tables show it.
         header: shape and type as stored in the base.
         dtype: the type in which the method gets it.
         out_dtype: the type in which it is written.
@@ -46,7 +52,9 @@ class PlannedWeight:
     """
 
     name: str
-    rule: Rule
+    method: str
+    kind: Kind
+    rule: str
     header: Header
     dtype: torch.dtype
     out_dtype: torch.dtype
@@ -65,9 +73,19 @@ class PlannedWeight:
         return torch.Size(self.header.shape).numel()
 
     @property
+    def applied_rule(self) -> str:
+        """The rule as ``WeightJob.applied_rule`` has it."""
+        return applied_rule(methods.get(self.method), self.kind, self.shared["rule"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options."""
+        return {o.name: self.shared[o.name] for o in methods.get(self.method).options}
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of this weight in the store, 0 if it is not stored."""
-        worth = is_worth(self.rule, len(self.header.shape), self.density)
+        worth = is_worth(self.applied_rule, len(self.header.shape), self.density)
         return self.numel * max(self.dtype.itemsize, torch.float32.itemsize) if worth else 0
 
     def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -82,6 +100,26 @@ class PlannedWeight:
             return [tensor]
         return [tensor[index] for index in split.indices(tensor.shape)]
 
+    def job(self, base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> WeightJob:
+        """Return the merge of this weight, of tensors that were read."""
+        settings = zip(self.models, tuned, self.weight, self.density, strict=True)
+        return WeightJob(
+            name=self.name,
+            kind=self.kind,
+            base=base,
+            tasks=tuple(
+                Task(str(model), tuned=tensor, weight=weight, density=density)
+                for model, tensor, weight, density in settings
+            ),
+            method=self.method,
+            options=self.options,
+            rule=self.shared["rule"],
+            scale=self.shared["lambda"],
+            split=parse_split(self.shared["split"]),
+            out_dtype=self.out_dtype,
+            base_model=self.base,
+        )
+
     def load(self, model: ModelReference) -> torch.Tensor | None:
         """Read this weight of one model, None where an optional weight is missing."""
         tensor: torch.Tensor | None = self.loads[model].execute()
@@ -89,7 +127,7 @@ class PlannedWeight:
 
 
 def plan_weights(config: MergeConfiguration, options: MergeOptions) -> list[PlannedWeight]:
-    """Plan a merge with ``stf`` as the host would and return its weights in the host's order.
+    """Plan a merge as the host would and return its weights in the host's order.
 
     Raises:
         RuntimeError: what the host's planner raises on models that do not fit together.
@@ -115,15 +153,16 @@ def _planned(task: ExecuteMergeMethodTask, out_dtype: str | None) -> PlannedWeig
     header = header_of(loads[task.base_model])
     weight = task.output_weight
     shared = dict(task.parameters.items())
-    rule = shared["rule"]
+    method = methods.get(task.method_name)
+    kind = kind_for(weight.name, header.shape, weight.vocabulary_axis)
     dtype = dtype_from_name(loads[task.base_model].dtype) or header.dtype
     models = tuple(model for model in task.model_order if model != task.base_model)
     inputs = task.input_parameters
     return PlannedWeight(
         name=weight.name,
-        rule=rule_for(weight.name, header.shape, weight.vocabulary_axis)
-        if rule == "auto"
-        else rule,
+        method=method.name,
+        kind=kind,
+        rule=shown_rule(method, applied_rule(method, kind, shared["rule"])),
         header=header,
         dtype=dtype,
         out_dtype=dtype_from_name(out_dtype) or dtype,

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.architectures.coverage import check_coverage, unguarded
 from mergekit_stf.host.checkpoints.headers import header_if_any
@@ -43,7 +44,7 @@ def preflight(
     """
     warnings = check_coverage(config, options)
     warnings += config_differences(config, options.trust_remote_code)
-    if config.merge_method != "stf":
+    if not methods.known(config.merge_method):
         return warnings
     with unguarded():
         weights = plan_weights(config, options)

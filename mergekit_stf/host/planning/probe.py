@@ -11,9 +11,9 @@ from mergekit.common import ModelReference
 from pydantic import BaseModel
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.diagnostics.notices import NEAR_DUPLICATE
 from mergekit_stf.host.planning.planned import PlannedWeight
 
-NEAR_DUPLICATE = 0.9
 NORM_SPREAD = 3.0
 MOSTLY_ZERO = 0.9
 LOST = 0.01

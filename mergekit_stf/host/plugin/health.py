@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from mergekit import merge_methods
 from pydantic import BaseModel
 
-from mergekit_stf.core.decompose import choose_route
-from mergekit_stf.core.precision import has_bfloat16
+from mergekit_stf.core import methods
+from mergekit_stf.core.features import choose_route
 from mergekit_stf.host import architectures
 from mergekit_stf.host.plugin.autoload import REQUIREMENT, installed_host, is_supported
+from mergekit_stf.host.plugin.method import ours
 
 PACKAGES = (
     "mergekit-stf",
@@ -48,7 +48,6 @@ class Device(BaseModel):
         float32: measured 10⁹ operations per second in a 1024 × 1024 product.
         float64: the same in double precision.
         routes: the engine's decomposition for checkpoints of each type.
-        bfloat16: whether it has units for bfloat16, in which such checkpoints are solved.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Device(BaseModel):
     float32: float
     float64: float
     routes: dict[str, str]
-    bfloat16: bool
 
 
 class Health(BaseModel):
@@ -66,7 +64,7 @@ class Health(BaseModel):
         python: version and build.
         system: operating system and machine.
         versions: of the packages that matter, None where one is missing.
-        registered: whether mergekit knows ``stf`` in this process.
+        registered: whether mergekit knows our methods in this process.
         autoload: whether a fresh interpreter arms the hook, so that ``mergekit-yaml`` finds it.
         hook_files: the start-up files that do so.
         tables: whether mergekit uses our tables of architectures beside its own.
@@ -92,7 +90,7 @@ class Health(BaseModel):
 def examine() -> Health:
     """Look at this installation; takes about a second a device."""
     versions = {name: _version(name) for name in PACKAGES}
-    registered = any(m.spec.name == "stf" for m in merge_methods.registered_methods())
+    registered = set(methods.names()) <= set(ours())
     autoload, files = _armed_at_start(), [str(path) for path in _hook_files()]
     return Health(
         python=f"{platform.python_version()} ({sys.executable})",
@@ -183,7 +181,6 @@ def _device(name: str) -> Device:
         float32=_rate(device, torch.float32),
         float64=_rate(device, torch.float64),
         routes=routes,
-        bfloat16=has_bfloat16(device),
     )
 
 

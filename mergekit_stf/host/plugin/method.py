@@ -1,8 +1,11 @@
-"""``merge_method: stf``: the method as mergekit knows it, and how it gets known."""
+"""Our merge methods as mergekit knows them, and how they get known."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import atexit
+import contextlib
+import logging
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,27 +23,48 @@ from mergekit.merge_methods.registry import register as register_with_host
 from mergekit.merge_methods.registry import registered_methods
 from torch import Tensor
 
-from mergekit_stf.core import STFError
+from mergekit_stf.core import STFError, methods
+from mergekit_stf.core.methods import Method
 from mergekit_stf.host import architectures
 from mergekit_stf.host.architectures import all_weights, coverage
-from mergekit_stf.host.merging.weights import merge_weight
+from mergekit_stf.host.merging.desk import Desk, desk_of_environment
 from mergekit_stf.host.plugin import saving
-from mergekit_stf.host.plugin.parameters import PARAMETERS
+from mergekit_stf.host.plugin.groups import job_of
+from mergekit_stf.host.plugin.parameters import parameters_of
 
-NAME = saving.NAME
+LOG = logging.getLogger("mergekit_stf")
 
 
-class SuperposeTaskFeatures(GroupMergeMethod):
-    """STF as a method of mergekit 0.1.5."""
+class HostMethod(GroupMergeMethod):
+    """A merge method of ours as a method of mergekit 0.1.5.
 
-    spec = MergeMethodSpec(
-        name=NAME,
-        pretty_name="STF",
-        reference_url="https://arxiv.org/abs/2502.10698",
-        parameters=PARAMETERS,
-        contract=InputContract(base=BasePolicy.OPTIONAL, min_inputs=2),
-        optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
-    )
+    The host calls the registered object by its name. The desk at which jobs are run is this
+    object's: that of the merge that has called ``at``, else one that the environment describes.
+
+    Args:
+        method: the merge method.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.spec = MergeMethodSpec(
+            name=method.name,
+            pretty_name=method.title,
+            reference_url=method.url or None,
+            parameters=parameters_of(method),
+            contract=InputContract(base=BasePolicy.OPTIONAL, min_inputs=2),
+            optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
+        )
+        self._desk: Desk | None = None
+
+    @contextlib.contextmanager
+    def at(self, desk: Desk) -> Iterator[None]:
+        """Run all jobs inside the block at this desk."""
+        before, self._desk = self._desk, desk
+        try:
+            yield
+        finally:
+            self._desk = before
 
     def validate_inputs(
         self,
@@ -57,8 +81,8 @@ class SuperposeTaskFeatures(GroupMergeMethod):
         where = f" (at {group_name})" if group_name else ""
         if base_id is None:
             raise STFError(
-                "stf needs `base_model`, the checkpoint that the models were tuned from"
-                f"{where}; got none. Add `base_model: PATH` to the recipe"
+                f"{self.method.name} needs `base_model`, the checkpoint that the models were tuned "
+                f"from{where}; got none. Add `base_model: PATH` to the recipe"
             )
         if base_id not in input_ids:
             raise STFError(
@@ -66,9 +90,12 @@ class SuperposeTaskFeatures(GroupMergeMethod):
                 "merge models of one architecture, or take the base from which they were tuned"
             )
         if len(input_ids) < 2:
-            raise STFError(f"stf needs at least one model besides the base model{where}; got none")
+            raise STFError(
+                f"{self.method.name} needs at least one model besides the base model{where}; "
+                "got none"
+            )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        coverage.guard(input_ids, base_id, group_name)
+        coverage.guard(self.method.name, input_ids, base_id, group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one weight.
@@ -80,7 +107,7 @@ class SuperposeTaskFeatures(GroupMergeMethod):
         Raises:
             STFError: an input is not finite, or its type cannot be merged.
         """
-        return merge_weight(group, parameters, group.base.tensor.dtype)
+        return self.desk.run(job_of(self.method, group, parameters)).tensor
 
     def _execute(
         self,
@@ -95,17 +122,48 @@ class SuperposeTaskFeatures(GroupMergeMethod):
         results = []
         for group, bound, dtype in zip(groups, parameters, input_dtypes, strict=True):
             aligned = align_dtype(group, dtype)
-            base = aligned.base.tensor
-            with torch.autocast(device_type=base.device.type, enabled=False):
-                results.append(merge_weight(aligned, bound, out_dtype or base.dtype))
+            with torch.autocast(device_type=aligned.base.tensor.device.type, enabled=False):
+                job = job_of(self.method, aligned, bound, out_dtype)
+                results.append(self.desk.run(job).tensor)
         return tuple(results)
+
+    @property
+    def desk(self) -> Desk:
+        """The desk at which jobs are run."""
+        if self._desk is None:
+            self._desk = desk_of_environment()
+            atexit.register(self._desk.notices.close)
+        return self._desk
 
 
 def register() -> None:
-    """Make ``stf``, our architecture tables and our check of overflow known to mergekit, once."""
+    """Make our methods, architecture tables and check of overflow known to mergekit, once.
+
+    Where the host has a method of one of these names itself, the host's stays, with one warning.
+    """
     architectures.register()
     all_weights.install()
     saving.register()
-    if any(method.spec.name == NAME for method in registered_methods()):
-        return
-    register_with_host(SuperposeTaskFeatures())
+    known = {method.spec.name: method for method in registered_methods()}
+    for name in methods.names():
+        if name not in known:
+            register_with_host(HostMethod(methods.get(name)))
+        elif not isinstance(known[name], HostMethod):
+            LOG.warning("mergekit has a merge method %s of its own, which is used", name)
+
+
+def host_method(name: str) -> HostMethod:
+    """Return the registered method of ours of that name.
+
+    Raises:
+        STFError: there is none.
+    """
+    for method in registered_methods():
+        if method.spec.name == name and isinstance(method, HostMethod):
+            return method
+    raise STFError(f"{name!r} is no merge method of mergekit-stf; ours are {', '.join(ours())}")
+
+
+def ours() -> list[str]:
+    """Return the names of the registered methods that are ours."""
+    return [m.spec.name for m in registered_methods() if isinstance(m, HostMethod)]

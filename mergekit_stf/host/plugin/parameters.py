@@ -1,25 +1,27 @@
-"""The parameters of ``merge_method: stf``, their ranges and their defaults.
+"""The parameters of our merge methods as the host sees them.
 
 Names are mergekit's own where it has one, so that a ``ties`` or ``task_arithmetic`` recipe runs
-with one word changed. The paper's γ is ``lambda``, its η is ``density``.
+with one word changed. The STF paper's γ is ``lambda``, its η is ``density``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
-from mergekit_stf.core.errors import STFError
+from mergekit_stf.core import STFError
+from mergekit_stf.core.methods import Method, Option
+from mergekit_stf.core.methods.options import number
 from mergekit_stf.host.merging.split import parse
 
-RULES = ("auto", "superpose", "sum", "mean", "base")
-DEFAULT_LAMBDA = 0.8
-LARGEST = torch.finfo(torch.float32).max
+RULES = ("auto", "merge", "superpose", "sum", "mean", "base")
+"""What ``rule`` may say; ``superpose`` is what ``stf`` calls its own rule, ``merge``."""
+
+IGNORED = ("normalize", "rescale", "int8_mask")
+"""What a TIES recipe carries and our methods have no use for."""
 
 
 @dataclass(frozen=True)
@@ -40,74 +42,48 @@ class Parameter(ParameterSpec):
             raise STFError(f"parameter `{self.name}`: {error}, got {value!r}") from error
 
 
-def number(value: Any) -> float:
-    """Return a finite number; YAML reads ``1e-3`` as a text, which counts as its number."""
-    message = "must be a finite number that float32 can hold"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(message)
-    try:
-        converted = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(decimal_comma(value) or message) from None
-    if not abs(converted) <= LARGEST:
-        raise ValueError(message)
-    return converted
-
-
-def decimal_comma(value: Any) -> str:
-    """Say how a number with a comma in it is written; nothing where there is none."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
-        return f"must be written with a point, {value.strip().replace(',', '.')}"
-    return ""
-
-
-def density(value: Any) -> float:
+def density(value: object) -> float:
     """Return the fraction of entries that trimming keeps."""
     if not 0 < (converted := number(value)) <= 1:
         raise ValueError("must be above 0 and at most 1")
     return converted
 
 
-def rank(value: Any) -> float:
-    """Return the fraction, up to 1, or the count, above 1, of features that are kept."""
-    if not (converted := number(value)) > 0:
-        raise ValueError("must be a fraction in (0, 1] or a count above 1")
-    return converted
-
-
-def ridge(value: Any) -> float | str:
-    """Return ``auto`` or what is added to the unit diagonal of G."""
-    if value == "auto":
-        return "auto"
-    message = "must be `auto` or a number, 0 or above"
-    try:
-        converted = number(value)
-    except ValueError:
-        raise ValueError(message) from None
-    if converted < 0:
-        raise ValueError(message)
-    return converted
-
-
-def rule(value: Any) -> str:
+def rule(value: object) -> str:
     """Return the name of a rule."""
     if value not in RULES:
         raise ValueError(f"must be one of {', '.join(RULES)}")
     return str(value)
 
 
-PARAMETERS: tuple[ParameterSpec, ...] = (
-    Parameter("weight", float, ParameterScope.NON_BASE, 1.0, "scales a task matrix", check=number),
-    Parameter("density", float, ParameterScope.NON_BASE, 1.0, "fraction kept", check=density),
-    Parameter("lambda", float, ParameterScope.SHARED, DEFAULT_LAMBDA, "scale of M", check=number),
-    Parameter("rank", float, ParameterScope.SHARED, 1.0, "leading features kept", check=rank),
-    Parameter("ridge", Any, ParameterScope.SHARED, "auto", "regularisation of G", check=ridge),
-    Parameter("rule", str, ParameterScope.SHARED, "auto", "how a weight is merged", check=rule),
-    Parameter("split", Any, ParameterScope.SHARED, "none", "maps of a fused matrix", check=parse),
-    ParameterSpec("normalize", Any, ParameterScope.SHARED, None, "accepted and ignored, aloud"),
-    ParameterSpec("rescale", Any, ParameterScope.SHARED, None, "accepted and ignored, aloud"),
-    ParameterSpec("int8_mask", Any, ParameterScope.SHARED, None, "accepted and ignored, aloud"),
-)
+def options_of(method: Method) -> tuple[Option, ...]:
+    """Return every option that a recipe of this method may set."""
+    return (
+        Option("weight", 1.0, number, "scales that model's difference from the base", True),
+        Option("density", 1.0, density, "fraction of it kept, the largest entries", True),
+        Option("lambda", method.default_lambda, number, "scale of the merged difference"),
+        *method.options,
+        Option("rule", "auto", rule, "how a weight is merged", numeric=False),
+        Option("split", "none", parse, "maps of a fused matrix", numeric=False),
+    )
 
-IGNORED = ("normalize", "rescale", "int8_mask")
-"""What a TIES recipe carries and STF has no use for."""
+
+def parameters_of(method: Method) -> tuple[ParameterSpec, ...]:
+    """Return a method's options as parameters of the host."""
+    return (
+        *(
+            Parameter(
+                option.name,
+                Any,
+                ParameterScope.NON_BASE if option.per_model else ParameterScope.SHARED,
+                option.default,
+                option.help,
+                check=option.parse,
+            )
+            for option in options_of(method)
+        ),
+        *(
+            ParameterSpec(name, Any, ParameterScope.SHARED, None, "accepted and ignored, aloud")
+            for name in IGNORED
+        ),
+    )

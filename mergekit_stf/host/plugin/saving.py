@@ -1,6 +1,6 @@
 """The host rounds to ``out_dtype`` after a method has answered; here it looks before it does so.
 
-Only weights that ``stf`` merged are looked at; every other task of the host runs as it is.
+Only weights that a method of ours merged are looked at; every other task of the host runs as it is.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from mergekit.io.tensor_writer import TensorWriter
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 
+from mergekit_stf.core import methods
 from mergekit_stf.host.merging.finite import is_finite, rounded
-
-NAME = "stf"
 
 
 @cache
@@ -33,7 +32,7 @@ def register() -> None:
 def _rounded(task: SaveTensor, tensor: Tensor | None) -> Tensor | None:
     """Round what has been merged; infinite masks of the base were let through by the merge."""
     merged = task.tensor_task
-    ours = isinstance(merged, ExecuteMergeMethodTask) and merged.method_name == NAME
+    ours = isinstance(merged, ExecuteMergeMethodTask) and methods.known(merged.method_name)
     dtype = dtype_from_name(task.dtype)
     if tensor is None or dtype is None or not ours or not is_finite(tensor):
         return tensor

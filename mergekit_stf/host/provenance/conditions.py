@@ -13,7 +13,7 @@ from mergekit.common import dtype_from_name
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mergekit_stf.core.precision import instructions, switches
+from mergekit_stf.host.provenance.machine import instructions, switches
 
 NOT_RECORDED = {
     "transformers_cache",

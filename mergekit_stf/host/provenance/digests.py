@@ -18,7 +18,8 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.files import pieces, sha256_of
 from mergekit_stf.host.checkpoints.inputs import InputModel
 
-_known: dict[tuple[Path, tuple[int, int, int]], str] = {}
+Known = dict[tuple[Path, tuple[int, int, int]], str]
+"""Digests of files, by path and by what changes with their content: size, time and inode."""
 
 
 class Digests:
@@ -27,19 +28,19 @@ class Digests:
     Hashing at the merge's own priority would delay it by more than the hashing takes: all
     threads of a matrix product wait for the one that had to share its processor.
 
-    A file that this process has read before, and that has kept its size, time and inode since,
-    is not read again: the points of a sweep share their inputs.
-
     Args:
         models: the inputs.
+        known: digests that the caller keeps from merge to merge, so that the points of a sweep read
+            their inputs once; new ones are added.
     """
 
-    def __init__(self, models: list[InputModel]) -> None:
+    def __init__(self, models: list[InputModel], known: Known | None = None) -> None:
+        self._known = {} if known is None else known
         paths = [model.folder / name for model in models for name in model.files]
         self._before = {path: _identity(path) for path in paths}
         self._new: dict[Path, str] = {}
-        unknown = [path for path, before in self._before.items() if (path, before) not in _known]
-        self._left = deque(self._read(path) for path in unknown)
+        unknown = [entry for entry in self._before.items() if entry not in self._known]
+        self._left = deque(self._read(path) for path, _ in unknown)
         self._stop = Event()
         self._pool = ThreadPoolExecutor(max_workers=1, initializer=_give_way)
         self._beside: Future[None]
@@ -72,8 +73,8 @@ class Digests:
         for path, before in self._before.items():
             if _identity(path) != before:
                 raise STFError(f"{path} was changed during the merge; run the same command again")
-        _known.update({(path, self._before[path]): digest for path, digest in self._new.items()})
-        return {path: _known[path, before] for path, before in self._before.items()}
+        self._known.update({(p, self._before[p]): digest for p, digest in self._new.items()})
+        return {path: self._known[path, before] for path, before in self._before.items()}
 
     def _read(self, path: Path) -> Iterator[None]:
         """Hash a file in small steps, which one thread may begin and another finish."""
@@ -91,16 +92,20 @@ class Digests:
             self._left.popleft()
 
 
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, read once in a process while its size, time and inode stay.
+def digest_of(path: Path, known: Known) -> str:
+    """Return the SHA-256 of a file, which is read unless it is known and has not changed since.
+
+    Args:
+        path: the file.
+        known: as for ``Digests``; a new digest is added.
 
     Raises:
         STFError: the file cannot be read.
     """
     before = _identity(path)
-    if (path, before) not in _known:
-        _known[path, before] = sha256_of(path)
-    return _known[path, before]
+    if (path, before) not in known:
+        known[path, before] = sha256_of(path)
+    return known[path, before]
 
 
 def _finish(steps: Iterator[None]) -> None:

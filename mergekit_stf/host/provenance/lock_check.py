@@ -10,7 +10,7 @@ from mergekit.common import ModelPath
 from mergekit_stf.core.text import printable
 from mergekit_stf.host.checkpoints.files import inside
 from mergekit_stf.host.outputs.check import OutputCheck, structure_faults, value_faults
-from mergekit_stf.host.provenance.digests import digest_of
+from mergekit_stf.host.provenance.digests import Known, digest_of
 from mergekit_stf.host.provenance.lock import (
     FILE_NAME,
     FileRecord,
@@ -24,14 +24,18 @@ from mergekit_stf.host.recipe.yaml_text import first_line
 from mergekit_stf.host.run.network import cached
 
 
-def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[str]:
+def differences(
+    lock: Lock, folder: Path, cache: str | None = None, known: Known | None = None
+) -> Iterator[str]:
     """Yield one line for each thing that is no longer as the lock says.
 
     Args:
         lock: the lock.
         folder: the folder of the output.
         cache: where hub models are kept, if not in the default place.
+        known: digests that the caller keeps, so that inputs are read once for several locks.
     """
+    known = {} if known is None else known
     if text_digest(lock.recipe) != lock.recipe_sha256:
         yield f"{FILE_NAME}: the recipe in it was changed"
     elif lock.digest() != lock.sha256:
@@ -42,8 +46,8 @@ def differences(lock: Lock, folder: Path, cache: str | None = None) -> Iterator[
         if now != was:
             yield f"version of {name}: merged with {was}, here is {now}"
     for model in lock.models:
-        yield from _model_differences(model, cache)
-    changed = list(_file_differences(lock.outputs, folder))
+        yield from _model_differences(model, cache, known)
+    changed = list(_file_differences(lock.outputs, folder, known))
     yield from (f"output {line}" for line in changed)
     for name in sorted(set(output_names(folder)) - {record.name for record in lock.outputs}):
         yield f"output {name}: not in the lock"
@@ -58,13 +62,13 @@ def _weight_faults(check: OutputCheck | None, folder: Path) -> Iterator[str]:
         yield from structure_faults(folder, check.unfilled)
 
 
-def _model_differences(model: ModelRecord, cache: str | None) -> Iterator[str]:
+def _model_differences(model: ModelRecord, cache: str | None, known: Known) -> Iterator[str]:
     try:
         folder = _present(model, cache)
     except (OSError, ValueError, RuntimeError) as error:
         yield f"input {model.reference}: not on this machine ({printable(first_line(error))})"
         return
-    for line in _file_differences(model.files, folder, links=True):
+    for line in _file_differences(model.files, folder, known, links=True):
         yield f"input {model.reference}: {line}"
 
 
@@ -77,7 +81,7 @@ def _present(model: ModelRecord, cache: str | None) -> Path:
 
 
 def _file_differences(
-    records: tuple[FileRecord, ...], root: Path, links: bool = False
+    records: tuple[FileRecord, ...], root: Path, known: Known, links: bool = False
 ) -> Iterator[str]:
     for record in records:
         path = inside(root, record.name, links=links)
@@ -85,5 +89,5 @@ def _file_differences(
             yield f"{record.name}: missing"
         elif path.stat().st_size != record.size:
             yield f"{record.name}: {path.stat().st_size} bytes, was {record.size}"
-        elif digest_of(path) != record.sha256:
+        elif digest_of(path, known) != record.sha256:
             yield f"{record.name}: other bytes"

@@ -14,6 +14,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import BasePolicy
 from pydantic import ValidationError
 
+from mergekit_stf.core import methods
 from mergekit_stf.host.checkpoints.weight_files import gguf_problem
 from mergekit_stf.host.recipe.yaml_text import Problem, child, shown
 
@@ -162,13 +163,13 @@ def _refusal(method: Any, ids: list[Any], base: ModelReference | None) -> tuple[
     found = {m.spec.name: m.spec for m in merge_methods.registered_methods()}.get(str(method))
     if found is None:
         return "", ""
-    needs_base = found.name == "stf" or found.contract.base == BasePolicy.REQUIRED
+    needs_base = methods.known(found.name) or found.contract.base == BasePolicy.REQUIRED
     if needs_base and base is None:
         return (
             "base_model",
             f"missing; {found.name} needs the model that the others were tuned from",
         )
-    if found.name == "stf" and len(ids) < 2:
+    if methods.known(found.name) and len(ids) < 2:
         return "", "at least one model besides the base model is needed"
     try:
         found.contract.validate_ids(ids, base)

@@ -10,8 +10,10 @@ from mergekit.config import ConditionalParameter
 from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope, ParameterSpec
 from pydantic import ValidationError
 
+from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.plugin.parameters import IGNORED, decimal_comma
+from mergekit_stf.core.methods.options import decimal_comma
+from mergekit_stf.host.plugin.parameters import IGNORED
 from mergekit_stf.host.recipe.keys import PARAMETERS, did_you_mean, unknown_keys
 from mergekit_stf.host.recipe.models import groups, mappings, reference, sections
 from mergekit_stf.host.recipe.yaml_text import Problem, child, shown
@@ -51,7 +53,7 @@ def parameter_warnings(data: dict[Any, Any]) -> Iterator[Problem]:
         for name, value in settings.items():
             where = child(path, str(name))
             if _is_legacy(spec, name):
-                yield Problem(where, "ignored: stf has no use for it")
+                yield Problem(where, f"ignored: {spec.name} has no use for it")
             yield from _unreachable(value, where)
     yield from _base_settings(data, spec)
 
@@ -73,12 +75,12 @@ def _spec(data: dict[Any, Any]) -> MergeMethodSpec | None:
 
 
 def _is_legacy(spec: MergeMethodSpec, name: Any) -> bool:
-    return spec.name == "stf" and name in IGNORED
+    return methods.known(spec.name) and name in IGNORED
 
 
 def _unknown(spec: MergeMethodSpec, name: str, known: dict[str, ParameterSpec]) -> str:
-    if spec.name == "stf" and name in OTHER_NAMES:
-        return f"not a parameter of stf; it is called {OTHER_NAMES[name]!r} here"
+    if methods.known(spec.name) and OTHER_NAMES.get(name) in known:
+        return f"not a parameter of {spec.name}; it is called {OTHER_NAMES[name]!r} here"
     return f"not a parameter of {spec.name}{did_you_mean(name, known)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.host.checkpoints.files import write_text
 from mergekit_stf.host.checkpoints.inputs import input_models, places
-from mergekit_stf.host.diagnostics import records as diagnostics
 from mergekit_stf.host.diagnostics.finished import HOST_RECIPE
+from mergekit_stf.host.diagnostics.records import FILE_NAME, Recorder
 from mergekit_stf.host.lora.adapter_file import Module, write_adapter
-from mergekit_stf.host.lora.merge import AdapterMerger
+from mergekit_stf.host.lora.jobs import AdapterJobs
 from mergekit_stf.host.lora.model import write_model
 from mergekit_stf.host.lora.plan import plan_adapters
+from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.outputs.check import OutputCheck, check_output
 from mergekit_stf.host.outputs.config import settle_files
 from mergekit_stf.host.outputs.workspace import Workspace
@@ -36,14 +38,11 @@ class AdapterMerge:
         adapters: how many were merged.
         weights: how many weights of the base they change.
         modules: those of the written adapter, none for a full model.
-        damped: the weights whose adapters ask for contradicting responses to nearly the same
-            features, which were damped, and the pairs of adapters that are near-duplicates there.
     """
 
     adapters: int
     weights: int
     modules: tuple[Module, ...]
-    damped: dict[str, list[tuple[str, str]]]
 
 
 def merge_to_model(
@@ -52,7 +51,7 @@ def merge_to_model(
     """Merge the adapters of a recipe into their base, and write a full model.
 
     Args:
-        recipe: ``merge_method: stf`` over models ``base+adapter``.
+        recipe: of a method of ours over models ``base+adapter``.
         out: the output directory; it appears when it is complete.
         options: the host's.
         force: replace an earlier output.
@@ -62,9 +61,9 @@ def merge_to_model(
         STFError: the recipe, an adapter or ``out`` is not what it must be.
     """
 
-    def write(merger: AdapterMerger, folder: Path) -> list[Module]:
-        write_model(merger, recipe.config, options, folder)
-        settle_files(Path(merger.plan.base.model.path), folder)
+    def write(jobs: AdapterJobs, folder: Path) -> list[Module]:
+        write_model(jobs, recipe.config, options, folder)
+        settle_files(Path(jobs.plan.base.model.path), folder)
         return []
 
     with Workspace(out, force, places(recipe, options)) as work:
@@ -84,7 +83,7 @@ def merge_to_adapter(
     The base's weights are read only where an adapter stores a whole weight.
 
     Args:
-        recipe: ``merge_method: stf`` over models ``base+adapter``.
+        recipe: of a method of ours over models ``base+adapter``.
         out: the output directory; it appears when it is complete.
         options: the host's.
         max_rank: truncate to this rank; without it the rank is the sum of the adapters' ranks.
@@ -95,8 +94,8 @@ def merge_to_adapter(
         STFError: as `merge_to_model`, or a weight that no adapter of that rank can hold.
     """
 
-    def write(merger: AdapterMerger, folder: Path) -> list[Module]:
-        return write_adapter(merger, recipe.config, folder, max_rank)
+    def write(jobs: AdapterJobs, folder: Path) -> list[Module]:
+        return write_adapter(jobs, recipe.config, folder, max_rank)
 
     shortened = () if max_rank is None else ("--max-rank", str(max_rank))
     with Workspace(out, force, places(recipe, options)) as work:
@@ -107,17 +106,19 @@ def _merge(
     recipe: Recipe,
     options: MergeOptions,
     work: Workspace,
-    write: Callable[[AdapterMerger, Path], list[Module]],
+    write: Callable[[AdapterJobs, Path], list[Module]],
     command: tuple[str, ...],
     locked: bool,
 ) -> AdapterMerge:
     """Merge, and describe the merge in the files that ``mergekit-stf merge`` writes too."""
     folder = work.output
     inputs = input_models(recipe.config, options) if locked else []
-    with diagnostics.recording(folder / diagnostics.FILE_NAME), Digests(inputs) as digests:
-        merger = AdapterMerger(plan_adapters(recipe.config, options))
-        modules = write(merger, folder)
-        check = None if modules else _check(merger, folder)
+    with contextlib.closing(Recorder(folder / FILE_NAME)) as records, Digests(inputs) as digests:
+        desk = Desk(recorder=records)
+        jobs = AdapterJobs(plan_adapters(recipe.config, options), desk)
+        modules = write(jobs, folder)
+        desk.notices.close()
+        check = None if modules else _check(jobs, folder)
         library = "peft" if modules else "transformers"
         written = card(recipe.config, recipe.text, folder.name, library, locked)
         write_text(folder / "README.md", written)
@@ -127,13 +128,13 @@ def _merge(
             lock = make_lock(recipe.text, options, inputs, found, folder, command, check)
             write_lock(lock, folder)
     work.publish()
-    plan = merger.plan
-    return AdapterMerge(len(plan.adapters), len(plan.touched), tuple(modules), merger.damped)
+    plan = jobs.plan
+    return AdapterMerge(len(plan.adapters), len(plan.touched), tuple(modules))
 
 
-def _check(merger: AdapterMerger, folder: Path) -> OutputCheck:
+def _check(jobs: AdapterJobs, folder: Path) -> OutputCheck:
     """Check a model; its values were looked at before they were rounded."""
-    check = check_output(folder, merger.plan.base, infinite=merger.infinite)
+    check = check_output(folder, jobs.plan.base, infinite=jobs.infinite)
     for notice in check.notices():
         LOG.warning("%s", notice)
     return check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +12,24 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_stf.core import methods
 from mergekit_stf.host.adapters.copies import copy_adapters
 from mergekit_stf.host.architectures.all_weights import check_quantised, our_merge
 from mergekit_stf.host.architectures.coverage import unguarded
 from mergekit_stf.host.checkpoints.files import write_text
 from mergekit_stf.host.checkpoints.inputs import InputModel, input_models, places
-from mergekit_stf.host.diagnostics import records as diagnostics
+from mergekit_stf.host.diagnostics.records import FILE_NAME, Recorder
+from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.outputs.check import check_output
 from mergekit_stf.host.outputs.config import settle_files
 from mergekit_stf.host.outputs.workspace import Workspace
 from mergekit_stf.host.planning.preflight import preflight
+from mergekit_stf.host.plugin.method import host_method
 from mergekit_stf.host.provenance.card import card
-from mergekit_stf.host.provenance.digests import Digests
+from mergekit_stf.host.provenance.digests import Digests, Known
 from mergekit_stf.host.provenance.lock import Lock, make_lock, write_lock
 from mergekit_stf.host.recipe.recipe import Recipe
-from mergekit_stf.host.store.store import DEFAULT_SIZE, Store, using
+from mergekit_stf.host.store.store import DEFAULT_SIZE, Store
 
 LOG = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -71,6 +75,7 @@ def merge(
     options: MergeOptions,
     store_options: StoreOptions | None = None,
     force: bool = False,
+    known: Known | None = None,
 ) -> Merged:
     """Check everything, merge beside ``out``, and put the result and its lock into place.
 
@@ -80,6 +85,7 @@ def merge(
         options: the host's options.
         store_options: how to keep merged matrices while the merge runs.
         force: replace an earlier output.
+        known: digests of inputs that the caller keeps from merge to merge.
 
     Raises:
         STFError: whatever is wrong, before or during the merge; ``out`` is then as it was.
@@ -96,9 +102,11 @@ def merge(
         store = Store(work.store, wanted.size)
         for warning in preflight(config, options, work.folder, store):
             LOG.warning("%s", warning)
-        records = work.output / diagnostics.FILE_NAME
-        with using(store), diagnostics.recording(records), Digests(models) as digests:
-            _run(config, recipe.text, work.output, _host_options(config, models, options))
+        records = contextlib.closing(Recorder(work.output / FILE_NAME))
+        with store.writing_beside(), records as recorder, Digests(models, known) as digests:
+            desk = Desk(store, recorder)
+            _run(desk, config, recipe.text, work.output, _host_options(config, models, options))
+            desk.notices.close()
             found = digests.result()
             settle_files(_donor(config, models).folder, work.output)
             with work.settling():
@@ -112,9 +120,13 @@ def merge(
     return Merged(lock, summary)
 
 
-def _run(config: MergeConfiguration, text: str, output: Path, options: MergeOptions) -> None:
+def _run(
+    desk: Desk, config: MergeConfiguration, text: str, output: Path, options: MergeOptions
+) -> None:
     written = card(config, text, output.name)
-    with unguarded(), our_merge():  # the preflight has checked it
+    ours = methods.known(config.merge_method)
+    seat = host_method(config.merge_method).at(desk) if ours else contextlib.nullcontext()
+    with unguarded(), our_merge(), seat:  # the preflight has checked it
         run_merge(config.model_copy(deep=True), str(output), options, text)
     write_text(output / "mergekit_config.yml", text)
     write_text(output / "README.md", written)

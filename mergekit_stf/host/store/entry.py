@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import stat
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,8 +16,8 @@ from safetensors.torch import save_file
 
 import mergekit_stf
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.precision import instructions, processor, switches
 from mergekit_stf.host.checkpoints.files import sync
+from mergekit_stf.host.provenance.machine import instructions, processor, switches
 
 PARTIAL = ".partial-"
 HEADER = 512
@@ -37,6 +38,15 @@ def key_of(tensors: Sequence[torch.Tensor], options: Mapping[str, object]) -> st
     for tensor in tensors:
         _update(digest, tensor)
     return digest.hexdigest()
+
+
+@cache
+def source_of(method: type) -> str:
+    """Return a digest of the module that defines a merge method, ours or somebody else's."""
+    path = inspect.getsourcefile(method)
+    if path is None:
+        raise STFError(f"the source of merge method {method.__name__} cannot be found")
+    return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
 
 
 def write_entry(path: Path, key: str, matrix: torch.Tensor, note: str) -> None:

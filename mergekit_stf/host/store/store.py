@@ -15,8 +15,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,6 @@ from mergekit_stf.host.recipe.yaml_text import first_line
 from mergekit_stf.host.store.entry import (
     HEADER,
     PARTIAL,
-    key_of,
     read_entry,
     write_entry,
 )
@@ -74,15 +73,6 @@ class Store:
         except OSError as error:
             raise STFError(f"cannot make the store {folder}: {error.strerror}") from error
         self._remove_partial(age=DAY)
-
-    def key(self, tensors: Sequence[torch.Tensor], options: Mapping[str, object]) -> str:
-        """Return the name of the entry for these inputs.
-
-        Args:
-            tensors: base and tuned tensors as loaded, in the order in which they are merged.
-            options: every setting that M depends on, as plain numbers and strings (not λ).
-        """
-        return key_of(tensors, options)
 
     def get(self, key: str, read: Callable[[torch.Tensor, str], T]) -> T | None:
         """Return what ``read`` makes of the matrix and the note stored under ``key``, or None.
@@ -246,44 +236,15 @@ class Store:
         )
 
 
-def is_worth(rule: str, dimensions: int, densities: Sequence[float]) -> bool:
-    """Say whether a weight is stored: where it takes longer to compute than to read.
+def store_of_environment() -> Store | None:
+    """Return the store that the environment names, None where it names none.
 
-    Args:
-        rule: that merges the weight.
-        dimensions: of its shape.
-        densities: the fraction that trimming keeps, for each task.
+    Raises:
+        STFError: its size is no number.
     """
-    trimmed = dimensions > 1 and min(densities) < 1
-    return rule == "superpose" or (rule != "base" and trimmed)
-
-
-# A module's state, not a ContextVar: the host merges on several cards from threads that it
-# starts itself, and these would not inherit a context.
-_current: list[Store] = []
-
-
-@contextlib.contextmanager
-def using(store: Store) -> Iterator[Store]:
-    """Let every merge inside the block use ``store``, which writes beside it."""
-    _current.append(store)
-    try:
-        with store.writing_beside():
-            yield store
-    finally:
-        _current.remove(store)
-
-
-def active() -> Store | None:
-    """Return the store in use: the block's, or the folder that the environment names."""
-    if _current:
-        return _current[-1]
-    folder = os.environ.get(VARIABLE)
-    return _named(folder, os.environ.get(VARIABLE_SIZE)) if folder else None
-
-
-@cache
-def _named(folder: str, size: str | None) -> Store:
+    folder, size = os.environ.get(VARIABLE), os.environ.get(VARIABLE_SIZE)
+    if not folder:
+        return None
     if size is not None and not size.isdecimal():
         raise STFError(f"{VARIABLE_SIZE} is a number of bytes; got {size!r}")
     return Store(Path(folder), int(size) if size else DEFAULT_SIZE)

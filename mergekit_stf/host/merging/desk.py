@@ -1,0 +1,134 @@
+"""Runs jobs in this process, and owns whatever has a memory: store, records, warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mergekit_stf.core import Merged, Record
+from mergekit_stf.host.diagnostics.memory import peak_device, peak_rss
+from mergekit_stf.host.diagnostics.notices import Notice, Notices, ill_posed
+from mergekit_stf.host.diagnostics.records import VARIABLE, Recorder
+from mergekit_stf.host.merging.job import (
+    WeightJob,
+    WeightResult,
+    check,
+    copy,
+    finish,
+    is_copied,
+    merge_matrix,
+    record_of,
+    with_tensors,
+)
+from mergekit_stf.host.merging.records import sorted_by_model
+from mergekit_stf.host.store.jobs import Shelf, takes
+from mergekit_stf.host.store.store import Store, store_of_environment
+
+
+class Desk:
+    """Where the jobs of one merge are run; several threads may run jobs at a time.
+
+    Args:
+        store: keeps merged matrices, None for none.
+        recorder: writes what was done to each weight, None for none.
+    """
+
+    def __init__(self, store: Store | None = None, recorder: Recorder | None = None) -> None:
+        self.store, self.recorder = store, recorder
+        self.notices = Notices()
+        self._precision = _Precision()
+
+    def run(self, job: WeightJob) -> WeightResult:
+        """Merge one weight, from the store if it is there, and write down what was done.
+
+        The values of inputs whose answer is in the store were checked before it was made.
+
+        Raises:
+            STFError: as ``job.merge_weight``, or the store or the records cannot be written.
+        """
+        job = with_tensors(job)
+        started = time.perf_counter()
+        if is_copied(job):
+            result = copy(job)
+        else:
+            shelf = None if self.store is None or not takes(job) else Shelf(self.store, job)
+            merged = None if shelf is None else shelf.get()
+            if merged is None:
+                check(job)
+                with self._precision.full():
+                    merged = merge_matrix(job)
+                if shelf is not None:
+                    shelf.put(merged)
+            result = finish(job, merged)
+        self._note(result.record, result.notices, started, result.tensor.device)
+        return result
+
+    def merge(self, job: WeightJob) -> Merged:
+        """Return what is added to a base that somebody else adds it to, and write it down.
+
+        Raises:
+            STFError: as ``job.merge_matrix``.
+        """
+        started = time.perf_counter()
+        check(job)
+        with self._precision.full():
+            merged = merge_matrix(job)
+        record = record_of(job, merged)
+        self._note(record, (*job.notices, *ill_posed(record)), started, job.base.device)
+        return merged
+
+    def _note(
+        self,
+        record: Record | None,
+        notices: tuple[Notice, ...],
+        started: float,
+        device: torch.device,
+    ) -> None:
+        self.notices.say(notices)
+        if self.recorder is not None and record is not None:
+            self.recorder.write(
+                replace(
+                    sorted_by_model(record),
+                    seconds=time.perf_counter() - started,
+                    peak_rss=peak_rss(),
+                    peak_device=peak_device(device),
+                )
+            )
+
+
+def desk_of_environment() -> Desk:
+    """Return a desk with the store and the records that the environment names, if it does."""
+    path = os.environ.get(VARIABLE)
+    return Desk(store_of_environment(), Recorder(Path(path)) if path else None)
+
+
+class _Precision:
+    """Full precision of products while any thread merges, and the process's own when none does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._outside = "highest"
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """Switch to full precision inside the block."""
+        with self._lock:
+            if not self._inside:
+                self._outside = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    torch.set_float32_matmul_precision(self._outside)

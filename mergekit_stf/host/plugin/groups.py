@@ -1,0 +1,88 @@
+"""From what the host hands to a merge method to a job."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import TensorGroup
+
+from mergekit_stf.core.methods import Method
+from mergekit_stf.host.checkpoints.content import checksum, digest
+from mergekit_stf.host.diagnostics.notices import Notice
+from mergekit_stf.host.diagnostics.rounding import rounded_inputs
+from mergekit_stf.host.merging.job import Task, WeightJob
+from mergekit_stf.host.merging.kinds import kind_for
+from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.plugin.parameters import IGNORED
+
+
+def job_of(
+    method: Method,
+    group: TensorGroup,
+    parameters: Mapping[str, Any],
+    out_dtype: torch.dtype | None = None,
+) -> WeightJob:
+    """Return the job of one weight.
+
+    Args:
+        method: the merge method.
+        group: the base's tensor and the models', of one type, on one device.
+        parameters: every parameter of the method, checked.
+        out_dtype: the type to write, None for that of the base.
+    """
+    name = group.metadata.name or "a weight without a name"
+    base = group.base.tensor
+    tasks = [
+        Task(
+            str(entry.id),
+            tuned=entry.tensor,
+            weight=parameters["weight"][entry.id],
+            density=parameters["density"][entry.id],
+        )
+        for entry in group.non_base
+    ]
+    return WeightJob(
+        name=name,
+        kind=kind_for(name, base.shape, group.metadata.vocabulary_axis),
+        base=base,
+        tasks=tuple(ordered(tasks)),
+        method=method.name,
+        options={option.name: parameters[option.name] for option in method.options},
+        rule=parameters["rule"],
+        scale=parameters["lambda"],
+        split=parse(parameters["split"]),
+        out_dtype=out_dtype,
+        base_model=group.base.id,
+        notices=(*_ignored(method, parameters), *rounded_inputs(name, group.entries)),
+    )
+
+
+def ordered(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks of whole tensors in an order that does not depend on the recipe's.
+
+    Sums round differently in another order, and the order of models in a recipe means nothing to
+    our methods: so that it costs no byte either, tasks are sorted by an integer checksum of their
+    tensors, which is computed where they lie, and by a digest of their bytes where checksums are
+    equal.
+    """
+    if len(tasks) < 2:
+        return list(tasks)
+    sums = [checksum(task.tuned) for task in tasks]  # type: ignore[arg-type]
+    counts = Counter(sums)
+    keys = [
+        (total, digest(task.tuned) if counts[total] > 1 else "", task.weight, task.density)  # type: ignore[arg-type]
+        for total, task in zip(sums, tasks, strict=True)
+    ]
+    return [tasks[index] for index in sorted(range(len(tasks)), key=keys.__getitem__)]
+
+
+def _ignored(method: Method, parameters: Mapping[str, Any]) -> Iterator[Notice]:
+    """Yield which parameters of a TIES recipe have no meaning here."""
+    for name in IGNORED:
+        value = parameters.get(name)
+        if value is not None:
+            text = f"{method.name} has no use for `{name}: {value}` and ignores it; remove the line"
+            yield Notice(f"ignored {name}", text)
