@@ -25,7 +25,8 @@ TURNS = 8
 
 EQUAL = 1e-6
 """Lengths that differ by less, relative to the longest, are not turned apart: it would be noise.
-Three times the rounding in them; turning then settles at once on six decades of them (measured)."""
+Three times the rounding in them: with 0 a steep spectrum of 768 is 5e-4 off instead of 6e-5, and
+turning takes eight rounds instead of one on six decades (measured)."""
 
 CLOSE = 1e-4
 """Lengths that differ by less, relative to themselves, are told apart in float64 (see turning).

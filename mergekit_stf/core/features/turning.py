@@ -52,8 +52,9 @@ def settled(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Vh Mᵀ`` and ``Vh`` of the right singular vectors that the rows are mixtures of.
 
     The merged matrix comes within 1e-5 of that of float64 where some lengths are nearly equal, and
-    within 3e-5 where all are, whatever the gaps (measured, see ``docs/method.md``). If an
-    eigensolver mixed so much that turning does not settle, the last basis is made orthonormal.
+    within 3e-5 where all are, whatever the gaps, unless the spectrum is steep: below ``1e-3 s_1``
+    float32 tells less (measured, see ``docs/method.md``). If an eigensolver mixed so much that
+    turning does not settle, the last basis is made orthonormal.
 
     Args:
         M: (m, n).
