@@ -16,7 +16,7 @@ from harness import distance, parser, reference, spread, task_matrices, write
 from torch import Tensor
 
 from mergekit_stf.core import superpose, trim
-from mergekit_stf.core.routes import ROUTES
+from mergekit_stf.core.features.decompose import ROUTES
 
 SHAPES = [(256, 256), (512, 384), (768, 768)]
 

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 
 import torch
+from mergekit_stf.core.lowrank import LowRank, superpose_factors
 from torch import Tensor
 
-from mergekit_stf.core.lowrank import LowRank, superpose_factors
-from mergekit_stf.core.superpose import superpose
+from mergekit_stf.core import superpose
 
 SIZES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 TYPES = (torch.float32, torch.bfloat16)

@@ -40,7 +40,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_stf.core import trim
-from mergekit_stf.host.merging.kinds import rule_for
+from mergekit_stf.core.methods import Kind
+from mergekit_stf.host.merging.kinds import kind_for
 
 METHODS = ["stf", "ties", "task_arithmetic", "straightforward"]
 
@@ -101,7 +102,7 @@ def check(root: Path, density: float) -> float:
         load_file(root / d / "model.safetensors")[name].double() for d in ("base", "out-stf")
     )
     tuned = [load_file(root / f"tuned{n}/model.safetensors")[name].double() for n in range(3)]
-    assert rule_for(name, base.shape, None) == "superpose"
+    assert kind_for(name, base.shape, None) == Kind.LINEAR
     expected = base + 0.8 * reference([trim((P - base).float(), density) for P in tuned])
     error = float((out - expected).abs().max() / expected.abs().max())
     assert error <= 2**-8, error

@@ -24,7 +24,7 @@ from mergekit_stf.core.features import Features
 from tests.host.models import Checkpoints, save_family
 from tests.processes import run, start
 
-decompose = importlib.import_module("mergekit_stf.core.decompose")
+decompose = importlib.import_module("mergekit_stf.core.features.decompose")
 
 KILLS = 20
 ENTRIES = "*.stf.safetensors"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from mergekit_stf.core import trim
+from mergekit_stf.core.methods import Kind
 from mergekit_stf.demo.corpus import Split
 from mergekit_stf.demo.models import load_model, save_model
 from mergekit_stf.demo.texts import KINDS
@@ -28,7 +29,7 @@ from mergekit_stf.demo.training import (
     train_base,
     train_specialist,
 )
-from mergekit_stf.host.merging.kinds import rule_for
+from mergekit_stf.host.merging.kinds import kind_for
 
 StateDict = dict[str, torch.Tensor]
 
@@ -152,11 +153,11 @@ def change(study: Study, method: str, density: float = 1.0, kinds: Iterable[str]
 
 
 def is_normalisation(name: str, tensor: torch.Tensor) -> bool:
-    return rule_for(name, tensor.shape, None) == "mean"
+    return kind_for(name, tensor.shape, None) == Kind.NORMALISATION
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:
-    return rule_for(name, tensor.shape, None) == "superpose"
+    return kind_for(name, tensor.shape, None) == Kind.LINEAR
 
 
 def check_change(study: Study) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_stf import __version__
-from mergekit_stf.core.decompose import choose_route
+from mergekit_stf.core.features import choose_route
 from mergekit_stf.host.plugin import health
 from tests.cli.merges import run
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.plan import duration
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.gram import blocks_size
-from mergekit_stf.core.threads import workspace
+from mergekit_stf.core.pool import workspace
+from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.planning import calibrate, estimate
 from mergekit_stf.host.planning.calibrate import EXPONENT, Kind, _rank, kind_of, measure_kinds
 from mergekit_stf.host.planning.planned import plan_weights

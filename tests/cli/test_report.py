@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_stf.core.superpose import superpose
+from mergekit_stf.core import superpose
 from mergekit_stf.host.diagnostics import finished
 from mergekit_stf.host.diagnostics.finished import Finished
 from mergekit_stf.host.diagnostics.preservation import METHODS, RIVALS, Preservation, measure

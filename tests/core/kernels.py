@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core import superpose, trim
-from mergekit_stf.core.routes import ROUTES
+from mergekit_stf.core.features.decompose import ROUTES
 from tests.core.cases import BOUND, distance, expected, with_close_runs, with_random_gaps
 
 GAPS = (1e-6, 3e-6, 1e-5, 1e-4)

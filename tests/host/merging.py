@@ -16,9 +16,9 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from transformers import PreTrainedModel
 
-from mergekit_stf.host.merging.kinds import rule_for
 from tests import oracle
 from tests.host.models import Checkpoints
+from tests.rules import rule_for
 
 LAMBDA = 0.8
 State = dict[str, torch.Tensor]

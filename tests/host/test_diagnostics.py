@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_stf.core import superpose
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import spectrum_ranks
-from mergekit_stf.core.superpose import Report, superpose
 from mergekit_stf.host.diagnostics import records as diagnostics
 from tests.environments import ROOT
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from mergekit_stf.core import STFError, half
 from mergekit_stf.host.diagnostics import notices
 from mergekit_stf.host.diagnostics import records as diagnostics
-from mergekit_stf.host.merging.kinds import rule_for
 from tests import oracle
 from tests.host.models import save_family
+from tests.rules import rule_for
 
 LAYERS = ("model.layers.0.", "model.layers.1.")
 

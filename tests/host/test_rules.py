@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.host.architectures.exact import weights_of
-from mergekit_stf.host.merging.kinds import rule_for
 from tests.host.audit import EXCEPTIONS
 from tests.host.classes import AUDITED, meta_model
 from tests.host.merging import vocabulary_axes
+from tests.rules import rule_for
 
 LINEAR = (nn.Linear, Conv1D)
 HELD = re.compile(r"in_proj_weight|mm_input_projection_weight")

@@ -14,11 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from mergekit_stf.host.merging.kinds import rule_for
 from tests.cli.merges import run, write_recipe
 from tests.host.merging import State, expected, merge, recipe, relative_error
 from tests.host.models import TEXT, Checkpoints, build, save_model
 from tests.host.test_checkpoints import with_vocabularies
+from tests.rules import rule_for
 
 MIXTURE = TEXT | {
     "moe_intermediate_size": 12,
