@@ -84,3 +84,20 @@ def test_a_traceback_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGEKIT_STF_TRACEBACK", "1")
     with pytest.raises(KeyError), errors.one_line():
         raise KeyError("x")
+
+
+def fail_after_a_signal() -> None:
+    try:
+        signal_self(signal.SIGTERM)
+    except BaseException:
+        raise ValueError("could not determine the shape of object type") from None
+
+
+def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Out of a signal's handler an exception may fall into compiled code, which hides it."""
+    with pytest.raises(SystemExit) as caught, errors.one_line():
+        fail_after_a_signal()
+    assert caught.value.code == 143
+    assert capsys.readouterr().err == f"Interrupted. {errors.NOTHING}\n"

@@ -41,8 +41,9 @@ class Terminated(BaseException):
 @contextmanager
 def one_line() -> Iterator[None]:
     """Turn every exception of a command into one message and an exit code."""
+    came: list[int] = []
     try:
-        with _sigterm():
+        with _sigterm(came):
             yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise
@@ -53,6 +54,9 @@ def one_line() -> Iterator[None]:
     except BrokenPipeError:
         raise SystemExit(UNREAD) from None
     except Exception as error:
+        if came:  # a library has made an error of its own of what came out of the signal's handler
+            echo(f"Interrupted. {' '.join(_notes(error)) or NOTHING}", err=True)
+            raise SystemExit(TERMINATED) from None
         if os.environ.get(VARIABLE):
             raise
         code, lines = describe(error)
@@ -125,8 +129,11 @@ def ending_at_once() -> Iterator[None]:
         yield
 
 
-def _sigterm() -> AbstractContextManager[None]:
+def _sigterm(came: list[int]) -> AbstractContextManager[None]:
+    """Raise ``Terminated`` on SIGTERM, and keep in ``came`` that it did."""
+
     def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise Terminated
 
     return _handling({signal.SIGTERM: handler})
