@@ -1,4 +1,4 @@
-"""``mergekit-stf`` in processes of its own, forked from one that has imported everything already.
+"""Commands in processes of their own, forked from one that has imported everything already.
 
 Importing torch and mergekit takes seconds; forking takes milliseconds. The server that forks
 computes nothing itself, so its children start without threads.
@@ -6,6 +6,7 @@ computes nothing itself, so its children start without threads.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -13,6 +14,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mergekit_stf.host.run.merge", "mergekit_stf.cli.main"])
@@ -43,22 +45,37 @@ class Running:
             time.sleep(0.001)
 
 
-def start(*arguments: object, log: Path, pretend_free: bool = False) -> Running:
-    """Start ``mergekit-stf`` with these arguments."""
+def start(
+    *arguments: object,
+    log: Path,
+    pretend_free: bool = False,
+    program: str = "mergekit-stf",
+    first: str = "mergekit_stf",
+) -> Running:
+    """Start a program with these arguments.
+
+    Args:
+        arguments: of its command line.
+        log: gets all that it says.
+        pretend_free: let it believe that there is room on the disk.
+        program: ``mergekit-stf``, or ``mergekit-yaml`` of the host.
+        first: a module that it imports before all else.
+    """
     words = [str(argument) for argument in arguments]
-    process = CONTEXT.Process(target=_command, args=(words, str(log), pretend_free))
+    process = CONTEXT.Process(target=_command, args=(words, str(log), pretend_free, program, first))
     process.start()
     return Running(process, log)
 
 
-def run(*arguments: object, log: Path, pretend_free: bool = False) -> tuple[int, str]:
-    """Run ``mergekit-stf`` to its end and return its exit code and all that it says."""
-    running = start(*arguments, log=log, pretend_free=pretend_free)
+def run(*arguments: object, log: Path, **how: Any) -> tuple[int, str]:
+    """Run a program to its end, see `start`; return its exit code and all that it says."""
+    running = start(*arguments, log=log, **how)
     return running.wait(), running.text
 
 
-def _command(words: list[str], log: str, pretend_free: bool) -> None:
+def _command(words: list[str], log: str, pretend_free: bool, program: str, first: str) -> None:
     import torch
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     from mergekit_stf.cli.main import main
     from mergekit_stf.host.planning import preflight
@@ -71,4 +88,5 @@ def _command(words: list[str], log: str, pretend_free: bool) -> None:
     torch.set_num_threads(1)
     if pretend_free:
         preflight._check_disk = lambda *_: None
-    main(words, prog_name="mergekit-stf")
+    importlib.import_module(first)
+    (mergekit_yaml if program == "mergekit-yaml" else main)(words, prog_name=program)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool) -> None:
-    """Say what is installed, whether stf is live, and which route the engine takes.
+    """Say what is installed, what mergekit knows of it, and which route the engine takes.
 
     Measures each device for half a second. Exits with 0 when merges work, with 1 when something
     keeps them from working; every problem comes with its remedy.
@@ -46,7 +46,7 @@ def _lines(health: Health) -> Iterator[str]:
     for package, version in health.versions.items():
         yield f"{package:<12} {version or 'not installed'}"
     yield ""
-    yield f"stf in mergekit        {'registered' if health.registered else 'NOT registered'}"
+    yield f"known to mergekit      {', '.join(health.methods) or 'NONE of our methods'}"
     yield f"found by mergekit-yaml {'yes' if health.autoload else 'NO'}"
     for path in health.hook_files:
         yield f"  through {path}"

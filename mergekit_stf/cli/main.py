@@ -21,7 +21,7 @@ COMMANDS = {
     "lora": "Merge LoRA adapters from their factors, without full copies.",
     "verify": "Check a merge against its lock file.",
     "report": "Write one HTML file that shows what a merge did.",
-    "doctor": "Say what is installed, whether stf is live, and which route the engine takes.",
+    "doctor": "Say what is installed, what mergekit knows of it, and which route the engine takes.",
 }
 
 

@@ -174,8 +174,8 @@ def _existing(folder: Path) -> Path:
 
 
 def _sampled(weights: Sequence[PlannedWeight], count: int) -> list[PlannedWeight]:
-    superposed = {weight.name: weight for weight in weights if weight.applied_rule == MERGE}
-    return [superposed[name] for name in spread(list(superposed), count)]
+    linear = {weight.name: weight for weight in weights if weight.applied_rule == MERGE}
+    return [linear[name] for name in spread(list(linear), count)]
 
 
 def _lines(plan: Plan) -> Iterator[str]:

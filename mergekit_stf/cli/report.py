@@ -45,8 +45,9 @@ def command(
     """Show what the merge in OUT did to every weight, as one HTML file.
 
     The page opens from disk, without a network: warnings first, then how well the features of
-    each task are preserved (by stf and, on the same inputs, by linear, task_arithmetic and
-    ties), how tasks interfere, spectra, corrections, time, memory, and a table of all weights.
+    each task are preserved (by the merge's method and, on the same inputs, by linear,
+    task_arithmetic and ties), how tasks interfere, spectra, corrections, time, memory, and a
+    table of all weights.
     The figures are written as PNGs beside it.
 
     The input models are read one weight at a time; run it where the recipe's paths are valid.

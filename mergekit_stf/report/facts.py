@@ -55,14 +55,19 @@ class Report:
     output: str = ""
 
     @property
-    def superposed(self) -> list[Record]:
-        """The records that tell of a solve."""
-        return [record for record in self.records if record.routes]
+    def method(self) -> str:
+        """The merge method, nothing where nothing was merged."""
+        return self.records[0].method if self.records else ""
+
+    @property
+    def linear(self) -> list[Record]:
+        """The records of linear maps, which the method merged by its own rule."""
+        return linear_maps(self.records)
 
     @property
     def comparable(self) -> list[Record]:
         """Those of them whose models are the ones that ``labels`` names."""
-        return _of(self.superposed, common_models(self.records))
+        return _of(self.linear, common_models(self.records))
 
 
 def build(
@@ -76,8 +81,8 @@ def build(
     """Assemble a report; ``output`` and ``faults`` are what the check of the output found."""
     models = common_models(records)
     labels = short_labels(models)
-    solved = [record for record in records if record.routes]
-    found = _notices(solved, _of(solved, models), labels) if records else [NOTHING]
+    merged = linear_maps(records)
+    found = _notices(merged, _of(merged, models), labels) if records else [NOTHING]
     notices = [*map(_fault, faults), *found]
     return Report(title, recipe, records, preservation, labels, notices, output)
 
@@ -86,6 +91,11 @@ def common_models(records: Sequence[Record]) -> tuple[str, ...]:
     """Return the models that most weights were merged from; slices may have others each."""
     counts = Counter(tuple(record.models) for record in records)
     return counts.most_common(1)[0][0] if counts else ()
+
+
+def linear_maps(records: Sequence[Record]) -> list[Record]:
+    """Return the records that tell of task matrices."""
+    return [record for record in records if record.norms]
 
 
 def _of(records: Sequence[Record], models: tuple[str, ...]) -> list[Record]:
@@ -139,10 +149,10 @@ def _fault(fault: str) -> Notice:
 
 
 def _notices(
-    solved: Sequence[Record], comparable: Sequence[Record], labels: Sequence[str]
+    merged: Sequence[Record], comparable: Sequence[Record], labels: Sequence[str]
 ) -> Iterator[Notice]:
     yield from _duplicates(comparable, labels)
-    yield from _solves(solved)
+    yield from _solves(merged)
     yield from _models(comparable, labels)
 
 
@@ -155,8 +165,8 @@ def _duplicates(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Not
     )
     for (i, j), count in pairs.most_common():
         yield Notice(
-            f"{labels[i]} and {labels[j]} changed {count} of {len(solved)} superposed weights "
-            f"alike (cosine beyond ±{NEAR_DUPLICATE}).",
+            f"{labels[i]} and {labels[j]} changed {count} of {len(solved)} linear maps alike "
+            f"(cosine beyond ±{NEAR_DUPLICATE}).",
             "They are near-duplicates or of one lineage: leave one of them out of the recipe.",
         )
 
@@ -186,7 +196,7 @@ def _models(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Notice]
     for label, total in zip(labels, totals, strict=True):
         if solved and total == 0:
             yield Notice(
-                f"{label} does not differ from the base in any superposed weight.",
+                f"{label} does not differ from the base in any linear map.",
                 "Check its path: it adds next to nothing to the merge.",
             )
     changed = [total for total in totals if total > 0]

@@ -29,7 +29,7 @@ COLUMNS = (
     ),
     ("‖M‖/‖ΣMᵢ‖", "number", "length of the merged matrix over that of the plain sum"),
     ("Max |cos|", "number", "strongest interference between two tasks"),
-    ("Preservation", "number", "mean |⟨σu, M̄v − σu⟩| of stf, where measured"),
+    ("Preservation", "number", "mean |⟨σu, M̄v − σu⟩| of the merge's method, where measured"),
     ("Seconds", "number", "time to merge it"),
 )
 """Title, kind and meaning of every column of the table."""
@@ -92,7 +92,7 @@ def _rows(report: Report) -> list[list[tuple[str, Any]]]:
 
 def _row(record: Record, preservation: float | None) -> list[tuple[str, Any]]:
     numbers = (
-        sum(record.kept) if record.routes else None,
+        sum(record.kept) if record.kept else None,
         record.condition,
         record.residual,
         record.cutoff,

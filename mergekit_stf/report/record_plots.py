@@ -46,10 +46,10 @@ def _paint_heat(axes: Axes, cosine: list[list[float]], labels: Sequence[str]) ->
                 )  # fmt: skip
 
 
-def spectra(report: Report) -> Plot:
+def spectra(records: Sequence[Record]) -> Plot:
     """Draw the median spectrum of each kind of weight."""
     kinds: dict[str, list[Record]] = {}
-    for record in report.superposed:
+    for record in records:
         kinds.setdefault(place(record.name)[1], []).append(record)
     curves = {kind: _median_spectrum(records) for kind, records in kinds.items()}
     names = without_common_start(list(curves))
@@ -96,28 +96,26 @@ def _paint_spectra(
 
 def alpha(records: Sequence[Record]) -> Plot:
     """Draw how far each weight's features were corrected."""
-    solved = [record for record in records if record.alpha_ratio]
-    low = min((record.alpha_ratio[0] for record in solved), default=1.0)
-    high = max((record.alpha_ratio[-1] for record in solved), default=1.0)
+    low = min(record.alpha_ratio[0] for record in records)
+    high = max(record.alpha_ratio[-1] for record in records)
     return draw(
         "alpha",
         "α/s by weight",
         f"The correction of each feature runs from {low:.2f} to {high:.2f}; "
         "1 is what task arithmetic does.",
-        lambda axes, colours: _paint_alpha(axes, colours, solved),
+        lambda axes, colours: _paint_alpha(axes, colours, records),
     )
 
 
 def _paint_alpha(axes: Axes, colours: Sequence[str], records: Sequence[Record]) -> None:
     steps = range(len(records))
-    if records:
-        least, low, median, high, most = zip(*(r.alpha_ratio for r in records), strict=True)
-        axes.fill_between(steps, least, most, color=colours[0], alpha=0.2, lw=0, label="all")
-        axes.fill_between(steps, low, high, color=colours[0], alpha=0.4, lw=0, label="half")
-        axes.plot(steps, median, color=colours[0], label="median")
-        # The smallest features have no bound on α/s and would flatten all others.
-        margin = 1.5 * max(0.1, max(high) - min(low))
-        axes.set_ylim(min(low) - margin, max(high) + margin)
+    least, low, median, high, most = zip(*(r.alpha_ratio for r in records), strict=True)
+    axes.fill_between(steps, least, most, color=colours[0], alpha=0.2, lw=0, label="all")
+    axes.fill_between(steps, low, high, color=colours[0], alpha=0.4, lw=0, label="half")
+    axes.plot(steps, median, color=colours[0], label="median")
+    # The smallest features have no bound on α/s and would flatten all others.
+    margin = 1.5 * max(0.1, max(high) - min(low))
+    axes.set_ylim(min(low) - margin, max(high) + margin)
     axes.axhline(1, color=colours[1], lw=1, ls="--", label="task arithmetic")
     _count_weights(axes)
     axes.set_ylabel("α / s")

@@ -60,8 +60,8 @@ def write_report(
 
 def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> list[Preservation]:
     weights = {weight.name: weight for weight in finished.weights()}
-    superposed = [name for name, weight in weights.items() if weight.applied_rule == MERGE]
-    chosen = spread(superposed, sample)
+    linear = [name for name, weight in weights.items() if weight.applied_rule == MERGE]
+    chosen = spread(linear, sample)
     return [
         measure(weights[name], finished.weight(name), device)
         for name in tqdm(chosen, desc="Measuring preservation", unit="weight", disable=quiet)

@@ -59,7 +59,7 @@ def test_a_healthy_installation_ends_with_0(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("switch", "files", "expected"),
     [
-        ("0", ["hook.pth"], "MERGEKIT_STF_AUTOLOAD=0 hides stf"),
+        ("0", ["hook.pth"], "MERGEKIT_STF_AUTOLOAD=0 hides our methods"),
         ("1", [], "no start-up file is installed"),
         ("1", ["hook.pth"], "hook.pth does not run at start-up"),
     ],

@@ -160,7 +160,7 @@ def test_every_superposed_weight_is_measured_and_listed(merged: Path) -> None:
     page = (merged / "stf-report.html").read_text(encoding="utf-8")
     names = set(load_file(merged / "model.safetensors"))
     assert all(f">{name}</th>" in page for name in names)
-    assert "14 of 14 superposed weights were" in " ".join(page.split())
+    assert "14 of 14 linear maps were" in " ".join(page.split())
 
 
 def test_the_page_needs_nothing_but_itself(merged: Path) -> None:
@@ -256,7 +256,7 @@ def test_no_warning_without_a_reason() -> None:
     [
         ({"converged": False, "residual": 0.3}, "did not converge for 6 weights"),
         ({"cutoff": 0.4}, "contradict each other in 6 weights"),
-        ({"overlaps": ((1.0, 0.99), (0.99, 1.0))}, "changed 6 of 6 superposed weights alike"),
+        ({"overlaps": ((1.0, 0.99), (0.99, 1.0))}, "changed 6 of 6 linear maps alike"),
         ({"merged_norm": 99.0}, "more than 2 × as long"),
         ({"norms": (1.0, 0.0)}, "2 b does not differ from the base"),
         ({"norms": (8.0, 2.0)}, "1 a changed the base 4.0 × as much as 2 b"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from mergekit_stf.core.methods.method import Kind, Merged, Method, describe
-from mergekit_stf.core.methods.options import Option
+from mergekit_stf.core.methods.method import Kind, Merged, Method, combined, describe
+from mergekit_stf.core.methods.options import RANK, Option
 from mergekit_stf.core.methods.stf import SuperposeFeatures, superpose
 
 __all__ = [
+    "RANK",
     "Kind",
     "Merged",
     "Method",
     "Option",
+    "combined",
     "describe",
     "get",
     "known",

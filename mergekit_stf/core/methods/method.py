@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features.features import Features
+from mergekit_stf.core.features.features import Features, combine
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.options import Option
 from mergekit_stf.core.precision import length
@@ -125,10 +125,17 @@ def describe(
     )
 
 
-def zero(tasks: TaskMatrices) -> Tensor | LowRank:
-    """Return the matrix of zeros that is merged where no model differs from the base."""
-    m, n = tasks.shape
-    if tasks.factored:
-        left = torch.zeros(m, 0, dtype=torch.float64, device=tasks.device)
-        return LowRank(left, left.new_zeros(0, n))
-    return torch.zeros(m, n, dtype=tasks.dtype, device=tasks.device)
+def combined(
+    tasks: TaskMatrices, features: Sequence[Features], alpha: Sequence[Tensor]
+) -> Tensor | LowRank:
+    """Return ``M = Σ_k alpha_k u_k v_kᵀ`` (equation 2), in factors where the tasks are.
+
+    Args:
+        tasks: the task matrices.
+        features: of each task; of rank 0 where it has none.
+        alpha: the weights of each task's features, (r_i,).
+    """
+    if not tasks.factored:
+        return combine(features, alpha)
+    scaled = [f.U * a for f, a in zip(features, alpha, strict=True)]
+    return LowRank(torch.cat(scaled, dim=1), torch.cat([f.Vh for f in features]))

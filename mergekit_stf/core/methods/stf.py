@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.features.features import Features, combine
+from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.method import Merged, Method, describe, zero
+from mergekit_stf.core.methods.method import Merged, Method, combined, describe
 from mergekit_stf.core.methods.options import RANK, Option, ridge_or_auto
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.record import Record
@@ -54,7 +54,7 @@ class SuperposeFeatures(Method):
         features = tasks.features(options["rank"], options.get("route", "auto"))
         present = [f for f in features if f.rank]
         if not present:
-            M = zero(tasks)
+            M = combined(tasks, features, [f.s for f in features])
             cosines = torch.zeros(tasks.count, tasks.count, dtype=torch.float64)
             return Merged(M, describe(tasks, M, features, cosines))
         ridge = None if options["ridge"] == "auto" else float(options["ridge"])
@@ -64,7 +64,8 @@ class SuperposeFeatures(Method):
         del G
         if not solution.converged:
             _warn(tasks.name, solution)
-        M = _superposed(tasks, present, solution.alpha)
+        alpha = torch.split(solution.alpha, [f.rank for f in present])
+        M = combined(tasks, present, alpha)
         record = describe(tasks, M, features, cosines, **_facts(present, solution))
         return Merged(M, record)
 
@@ -104,16 +105,6 @@ def superpose(
     options = {"rank": rank, "ridge": "auto" if ridge is None else ridge, "route": route}
     with full_precision(), torch.no_grad():
         return SuperposeFeatures().merge(tasks, options)
-
-
-def _superposed(
-    tasks: TaskMatrices, features: Sequence[Features], alpha: Tensor
-) -> Tensor | LowRank:
-    """Return ``M = Σ_k alpha_k u_k v_kᵀ`` (equation 2), in factors where the tasks are."""
-    if not tasks.factored:
-        return combine(features, torch.split(alpha, [f.rank for f in features]))
-    U = torch.cat([f.U for f in features], dim=1)
-    return LowRank(U * alpha, torch.cat([f.Vh for f in features]))
 
 
 def _among_all(cosines: Tensor, features: Sequence[Features]) -> Tensor:

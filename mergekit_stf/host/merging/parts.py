@@ -31,7 +31,7 @@ def parts(name: str, shape: Sequence[int], split: Split | None) -> Iterator[tupl
     """
     if len(shape) not in (2, 3):
         raise STFError(
-            f"{name}: only matrices and stacks of matrices can be superposed, got shape "
+            f"{name}: only matrices and stacks of matrices are linear maps, got shape "
             f"{tuple(shape)}; set `rule: sum` for this weight"
         )
     stack: list[Index] = [(expert,) for expert in range(shape[0])] if len(shape) == 3 else [()]

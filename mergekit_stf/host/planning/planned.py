@@ -89,7 +89,7 @@ class PlannedWeight:
         return self.numel * max(self.dtype.itemsize, torch.float32.itemsize) if worth else 0
 
     def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Take a tensor of this weight apart into the matrices that are superposed one by one.
+        """Take a tensor of this weight apart into the matrices that are merged one by one.
 
         These are the experts of a stack, the maps of a fused projection, or the matrix itself.
         """

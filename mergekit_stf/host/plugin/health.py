@@ -64,7 +64,8 @@ class Health(BaseModel):
         python: version and build.
         system: operating system and machine.
         versions: of the packages that matter, None where one is missing.
-        registered: whether mergekit knows our methods in this process.
+        methods: of ours that mergekit knows in this process.
+        registered: whether these are all of ours.
         autoload: whether a fresh interpreter arms the hook, so that ``mergekit-yaml`` finds it.
         hook_files: the start-up files that do so.
         tables: whether mergekit uses our tables of architectures beside its own.
@@ -77,6 +78,7 @@ class Health(BaseModel):
     python: str
     system: str
     versions: dict[str, str | None]
+    methods: list[str]
     registered: bool
     autoload: bool
     hook_files: list[str]
@@ -90,12 +92,14 @@ class Health(BaseModel):
 def examine() -> Health:
     """Look at this installation; takes about a second a device."""
     versions = {name: _version(name) for name in PACKAGES}
-    registered = set(methods.names()) <= set(ours())
+    known = ours()
+    registered = set(methods.names()) <= set(known)
     autoload, files = _armed_at_start(), [str(path) for path in _hook_files()]
     return Health(
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         versions=versions,
+        methods=known,
         registered=registered,
         autoload=autoload,
         hook_files=files,
@@ -139,14 +143,17 @@ def _problems(registered: bool, autoload: bool, files: list[str]) -> Iterator[st
     if host is not None and not is_supported(host):
         yield f"mergekit {host} is installed: pip install 'mergekit{REQUIREMENT}'"
     elif not registered:
-        yield "mergekit does not know stf: pip install --force-reinstall --no-deps mergekit-stf"
+        yield (
+            "mergekit does not know our methods: "
+            "pip install --force-reinstall --no-deps mergekit-stf"
+        )
     if autoload:
         return
     if os.environ.get(SWITCH) == "0":
-        yield f"{SWITCH}=0 hides stf from mergekit-yaml: unset it, or use mergekit-stf merge"
+        yield f"{SWITCH}=0 hides our methods: unset it, or use mergekit-stf merge"
     elif not files:
         yield (
-            "no start-up file is installed, so mergekit-yaml does not find stf: "
+            "no start-up file is installed, so mergekit-yaml does not find our methods: "
             "pip install --force-reinstall --no-deps mergekit-stf, or use mergekit-stf merge"
         )
     else:
