@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import types
 from importlib import metadata
+from pathlib import Path
 
+import numpy as np
+import torch
 from mergekit import merge_methods
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mergekit_stf.cli.main import COMMANDS
+from mergekit_stf.core import LowRank, Method, TaskMatrices
 from mergekit_stf.host.plugin.parameters import IGNORED
 from tests.environments import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def test_the_readme_has_two_commands_and_ci_runs_the_second() -> None:
@@ -39,11 +46,65 @@ def test_the_readme_lists_the_commands() -> None:
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(COMMANDS)
 
 
-def test_every_link_of_the_readme_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    local = [link for link in links if not link.startswith("https://")]
-    assert local
-    assert [link for link in local if not (ROOT / link).exists()] == []
+def local_links(page: Path) -> list[tuple[Path, str]]:
+    """Return file and anchor of every link of a page that is no address."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+    parts = [link.partition("#") for link in links if not link.startswith("https://")]
+    return [(page.parent / file if file else page, anchor) for file, _, anchor in parts]
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    links = [(page.name, *link) for page in PAGES for link in local_links(page)]
+    assert len(links) > 50
+    assert [link for link in links if not link[1].exists()] == []
+    assert [link for link in links if link[2] and link[2] not in anchors(link[1])] == []
+
+
+def toy() -> Method:
+    """Return the method that the page on the architecture tells a newcomer to write."""
+    code = re.findall(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL)[0]
+    assert len(code.splitlines()) <= 30
+    module = types.ModuleType("leading_sum")
+    exec(compile(code, "docs/architecture.md", "exec"), module.__dict__)
+    return module.LeadingSum()
+
+
+def leading_sum(matrices: list[np.ndarray], kept: int) -> np.ndarray:
+    U, s, Vh = np.linalg.svd(np.stack(matrices), full_matrices=False)
+    return sum((U[..., :kept] * s[:, None, :kept]) @ Vh[:, :kept])
+
+
+def test_the_method_of_the_page_on_the_architecture_merges() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(9, 4, generator=generator), torch.randn(4, 6, generator=generator))
+        for _ in range(3)
+    ]
+    expected = leading_sum([(A @ B).double().numpy() for A, B in pairs], 3)
+    whole = toy().merge(TaskMatrices.of([A @ B for A, B in pairs]), {"rank": 0.5})
+    factored = toy().merge(TaskMatrices.of([LowRank(A, B) for A, B in pairs]), {"rank": 0.5})
+    assert isinstance(factored.M, LowRank)
+    np.testing.assert_allclose(whole.M.double().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(factored.M.dense().numpy(), expected, atol=1e-5)
+    assert whole.record.kept == factored.record.kept == (3, 3, 3)
+
+
+def test_every_path_of_the_page_on_the_architecture_exists() -> None:
+    named = set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", ARCHITECTURE))
+    roots = (
+        ROOT,
+        ROOT / "mergekit_stf",
+        ROOT / "mergekit_stf" / "host",
+        ROOT / "mergekit_stf" / "core",
+    )
+    made = {"mergekit_stf/core/methods/leading_sum.py", "cli/NAME.py"}
+    assert len(named) > 20
+    assert {n for n in named - made if not any((root / n).exists() for root in roots)} == set()
 
 
 def test_every_dependency_is_pinned() -> None:
