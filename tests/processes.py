@@ -50,7 +50,7 @@ def start(
     log: Path,
     pretend_free: bool = False,
     program: str = "mergekit-stf",
-    first: str = "mergekit_stf",
+    first: Path | None = None,
 ) -> Running:
     """Start a program with these arguments.
 
@@ -59,7 +59,7 @@ def start(
         log: gets all that it says.
         pretend_free: let it believe that there is room on the disk.
         program: ``mergekit-stf``, or ``mergekit-yaml`` of the host.
-        first: a module that it imports before all else.
+        first: a file of Python that it imports before all else.
     """
     words = [str(argument) for argument in arguments]
     process = CONTEXT.Process(target=_command, args=(words, str(log), pretend_free, program, first))
@@ -73,7 +73,9 @@ def run(*arguments: object, log: Path, **how: Any) -> tuple[int, str]:
     return running.wait(), running.text
 
 
-def _command(words: list[str], log: str, pretend_free: bool, program: str, first: str) -> None:
+def _command(
+    words: list[str], log: str, pretend_free: bool, program: str, first: Path | None
+) -> None:
     import torch
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
@@ -88,5 +90,7 @@ def _command(words: list[str], log: str, pretend_free: bool, program: str, first
     torch.set_num_threads(1)
     if pretend_free:
         preflight._check_disk = lambda *_: None
-    importlib.import_module(first)
+    if first is not None:
+        sys.path.insert(0, str(first.parent))
+        importlib.import_module(first.stem)
     (mergekit_yaml if program == "mergekit-yaml" else main)(words, prog_name=program)

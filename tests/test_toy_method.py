@@ -7,6 +7,7 @@ what comes out is compared with the method in float64.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.host import peft_adapters
 from tests.host.merging import State, parameters, relative_error, rules_of
 from tests.host.models import Checkpoints, llama, save_family, save_model
 
+TOY = Path(__file__).with_name("toy_method.py")
 NAME = "leading_sum"
 LAMBDA, RANK = 0.7, 3
 WEIGHTS, DENSITIES = (1.0, 0.5), (1.0, 0.6)
@@ -31,9 +33,9 @@ ENTRIES = "*.stf.safetensors"
 TOLERANCE = 1e-5
 
 
-def command(*arguments: object, log: Path, program: str = "mergekit-stf") -> str:
+def command(*arguments: object, log: Path, program: str = "mergekit-stf", toy: Path = TOY) -> str:
     """Run a program that knows the toy and must succeed; return what it says."""
-    code, text = processes.run(*arguments, log=log, program=program, first="tests.toy_method")
+    code, text = processes.run(*arguments, log=log, program=program, first=toy)
     assert code == 0, text
     return text
 
@@ -115,9 +117,8 @@ def linear(folder: Path) -> list[Record]:
 
 
 def test_it_is_thirty_lines_and_nothing_of_the_package_names_it() -> None:
-    root = Path(__file__).parent
-    assert len((root / "toy_method.py").read_text("utf-8").splitlines()) <= 30
-    package = root.parent / "mergekit_stf"
+    assert len(TOY.read_text("utf-8").splitlines()) <= 30
+    package = TOY.parent.parent / "mergekit_stf"
     assert not [path for path in package.rglob("*.py") if NAME in path.read_text("utf-8")]
 
 
@@ -155,7 +156,7 @@ def test_merge(models: Checkpoints, out: Path) -> None:
 def test_resume(recipe: Path, out: Path, tmp_path: Path) -> None:
     again, log = tmp_path / "out", tmp_path / "log"
     options = ("merge", recipe, again, "--out-shard-size", 16000)
-    running = processes.start(*options, log=log, first="tests.toy_method")
+    running = processes.start(*options, log=log, first=TOY)
     running.until(tmp_path / "out.stf-work" / "store", ENTRIES)
     running.process.kill()
     assert running.wait() == -signal.SIGKILL
@@ -164,6 +165,69 @@ def test_resume(recipe: Path, out: Path, tmp_path: Path) -> None:
     assert stored > 0
     assert f"{stored} matrices found" in text
     assert shards(again) == shards(out)
+
+
+@pytest.mark.parametrize(
+    ("source", "parameters", "found"),
+    [
+        ({}, {}, 14),
+        ({}, {"lambda": 0.2}, 14),
+        ({}, {"rank": 2}, 0),
+        ({"a toy of the tests": "a toy of the test"}, {}, 0),
+    ],
+    ids=["same", "lambda", "option", "edited"],
+)
+def test_the_store_knows_source_and_options(
+    source: dict[str, str],
+    parameters: dict[str, float],
+    found: int,
+    store: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Only what was merged by the same source with the same options is found, at any lambda."""
+    folder, content = store
+    toy, text = tmp_path / TOY.name, TOY.read_text("utf-8")
+    for old, new in source.items():
+        assert old in text
+        text = text.replace(old, new)
+    toy.write_text(text, encoding="utf-8")
+    own = content["parameters"] | parameters
+    recipe = peft_adapters.write(content | {"parameters": own}, tmp_path / "recipe.yml")
+    shutil.copytree(folder, tmp_path / "store")
+    options = ("--store", tmp_path / "store")
+    said = command("merge", recipe, tmp_path / "out", *options, toy=toy, log=tmp_path / "log")
+    assert f"{found} matrices found, {14 - found} written" in said
+
+
+def test_the_store_knows_the_method_s_name(
+    store: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two methods of one file and of the same options do not share what they merged."""
+    again = (
+        'class Again(LeadingSum):\n    name = "again"\n\n\nregister(Again())\nplugin.register()\n'
+    )
+    toy = tmp_path / TOY.name
+    toy.write_text(TOY.read_text("utf-8") + "\n\n" + again, encoding="utf-8")
+    for number, (name, found) in enumerate(((NAME, 0), ("again", 0), ("again", 14))):
+        recipe = peft_adapters.write(store[1] | {"merge_method": name}, tmp_path / "recipe.yml")
+        words = ("merge", recipe, tmp_path / str(number), "--store", tmp_path / "store")
+        said = command(*words, toy=toy, log=tmp_path / "log")
+        assert f"{found} matrices found, {14 - found} written" in said
+
+
+@pytest.fixture(scope="module")
+def store(
+    models: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A store of a merge by the toy, and the recipe of that merge."""
+    folder = tmp_path_factory.mktemp("stored")
+    names = [str(path) for path in models.tuned]
+    parameters = {"lambda": LAMBDA, "rank": RANK}
+    content = peft_adapters.recipe(models.base, names, merge_method=NAME, parameters=parameters)
+    recipe = peft_adapters.write(content, folder / "recipe.yml")
+    options = ("--store", folder / "store", "--quiet")
+    command("merge", recipe, folder / "out", *options, log=folder / "log")
+    return folder / "store", content
 
 
 def test_sweep(models: Checkpoints, recipe: Path, tmp_path: Path) -> None:

@@ -65,14 +65,17 @@ def each(
     if not _sharing.acquire(blocking=False):
         return [work(M) for M in matrices]
     threads = torch.get_num_threads()
+    running: list[Future[Result]] = []
+    left = iter(matrices)
     try:
-        if device.type == "cuda":
-            on_stream = partial(_on_stream, work, torch.cuda.current_stream(device))
-            return _run(_streams(device), on_stream, matrices, workers)
-        torch.set_num_threads(max(1, threads // workers))
-        pool = _cores(workers, torch.get_num_threads())
-        return _run(pool, torch.no_grad()(work), matrices, workers)
+        pool, task = _workers(work, workers, device)
+        while True:
+            _wait_for_a_free_one(running, workers)
+            running.append(pool.submit(task, next(left)))  # which keeps no reference to the matrix
+    except StopIteration:
+        return [future.result() for future in running]
     finally:
+        wait(running)
         torch.set_num_threads(threads)
         _sharing.release()
 
@@ -86,26 +89,19 @@ def alone(M: Tensor) -> AbstractContextManager[object]:
     return _large if large else nullcontext()
 
 
-def _run(
-    pool: ThreadPoolExecutor,
-    work: Callable[[Matrix], Result],
-    matrices: Iterable[Matrix],
-    workers: int,
-) -> list[Result]:
-    """Submit a matrix whenever a worker is free, and keep no reference to it."""
-    running: list[Future[Result]] = []
-    left = iter(matrices)
-    try:
-        while True:
-            busy = [future for future in running if not future.done()]
-            if len(busy) >= workers:
-                wait(busy, return_when=FIRST_COMPLETED)
-            else:
-                running.append(pool.submit(work, next(left)))
-    except StopIteration:
-        return [future.result() for future in running]
-    finally:
-        wait(running)
+def _workers(
+    work: Callable[[Matrix], Result], workers: int, device: torch.device
+) -> tuple[ThreadPoolExecutor, Callable[[Matrix], Result]]:
+    """Return the threads and what they run; on a CPU its cores are shared out among them."""
+    if device.type == "cuda":
+        return _streams(device), partial(_on_stream, work, torch.cuda.current_stream(device))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    return _cores(workers, torch.get_num_threads()), torch.no_grad()(work)
+
+
+def _wait_for_a_free_one(running: list[Future[Result]], workers: int) -> None:
+    while len(busy := [future for future in running if not future.done()]) >= workers:
+        wait(busy, return_when=FIRST_COMPLETED)
 
 
 def _on_stream(work: Callable[[Matrix], Result], caller: torch.cuda.Stream, M: Matrix) -> Result:

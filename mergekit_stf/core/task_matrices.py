@@ -96,7 +96,9 @@ class TaskMatrices:
         """
         if (rank, route) not in self._features:
             count = kept_rank(self.shape, rank)
-            work = partial(self._decomposed, rank=rank, route=route)
+            work = partial(
+                decompose, rank=rank, route=route, source_dtype=self.source_dtype, name=self.name
+            )
             side = min(self.shape)
             workers = workers_for(side, self.count, self.device, leading=count < side)
             if self.factored or workers == 1:
@@ -139,9 +141,3 @@ class TaskMatrices:
         lengths = inner.diagonal().clamp(min=0).sqrt()
         scale = torch.where(lengths > 0, lengths, 1.0)
         return inner / torch.outer(scale, scale)
-
-    def _decomposed(self, M: Tensor | LowRank, rank: float, route: str) -> Features:
-        if isinstance(M, LowRank):
-            U, s, Vh = M.svd()
-            return Features(U, s, Vh, "factored").leading(kept_rank(M.shape, rank))
-        return decompose(M, rank, route, self.source_dtype, self.name)

@@ -17,6 +17,7 @@ from mergekit_stf.core.features.features import Features, kept_rank
 from mergekit_stf.core.features.krylov import leading
 from mergekit_stf.core.features.routes import Route, gram_float32, gram_float64, svd
 from mergekit_stf.core.features.turning import gram_refined
+from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.pool import SQUARES, alone
 from mergekit_stf.core.precision import by_power, far_exponent
 
@@ -53,7 +54,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def decompose(
-    M: Tensor,
+    M: Tensor | LowRank,
     rank: float = 1.0,
     route: str = "auto",
     source_dtype: torch.dtype = torch.float32,
@@ -62,7 +63,8 @@ def decompose(
     """Return the task-specific features of a task matrix (STF paper, section 3.2).
 
     Args:
-        M: (m, n), float32 or float64, finite, of entries of any size.
+        M: (m, n), float32 or float64, finite, of entries of any size; or in factors, whose
+            features are found from these.
         rank: leading features to keep, a fraction up to 1 or a count above 1.
         route: a key of ``ROUTES``, or ``auto``.
         source_dtype: type of the checkpoints that ``M`` was computed from.
@@ -75,6 +77,8 @@ def decompose(
         STFError: no driver decomposes the matrix, float64 on the CPU included.
     """
     count = kept_rank((M.shape[0], M.shape[1]), rank)
+    if isinstance(M, LowRank):
+        return Features(*M.svd(), "factored").leading(count)
     if not bool(torch.any(M)):
         return Features(M[:, :0], M.new_zeros(0), M[:0], "zero")
     tall = M if M.shape[0] >= M.shape[1] else M.mT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def from_json(text: str) -> Record:
     Raises:
         ValueError: the text is none, or contradicts itself.
     """
-    record: Record = _ADAPTER.validate_json(text)
+    found = _ADAPTER.validate_json(text)
+    record = Record(**{field.name: getattr(found, field.name) for field in fields(Record)})
     _check(record)
     return record
 
