@@ -15,10 +15,9 @@ import json
 from pathlib import Path
 
 import torch
-from mergekit_stf.core.lowrank import LowRank, superpose_factors
 from torch import Tensor
 
-from mergekit_stf.core import superpose
+from mergekit_stf.core import LowRank, superpose
 
 SIZES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 TYPES = (torch.float32, torch.bfloat16)
@@ -53,7 +52,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def row(base: Tensor, size: float, options: argparse.Namespace) -> dict[str, float]:
     tasks = updates(base, size, options.tasks, options.rank)
     expected = exact(tasks)
-    result = {"size": size, "factors": error(superpose_factors(tasks).M.dense(), expected)}
+    result = {"size": size, "factors": error(superpose(tasks).M.dense(), expected)}
     if result["factors"] > TOLERANCE:
         raise SystemExit(f"factors are wrong by {result['factors']:.1e} at size {size}")
     for dtype in TYPES:

@@ -18,7 +18,8 @@ import torch
 from harness import add_source, finish, judge, parser, peak_memory
 from torch import Tensor
 
-from mergekit_stf.core import superpose
+from mergekit_stf.core import TaskMatrices, methods, superpose
+from mergekit_stf.core.precision import full_precision
 
 SHAPES = ["4096x4096x3", "8192x8192x3", "11008x4096x3", "28672x8192x3", "2048x2048x8", "512x512x64"]
 
@@ -32,24 +33,33 @@ def made(shape: tuple[int, int], tasks: int, device: str) -> Iterator[Tensor]:
 
 
 def once(name: str, device: str, route: str, source: str) -> None:
-    """Merge one stack of task matrices and print the peak, the solve's precision and the routes."""
+    """Merge one stack of task matrices and print the peak and the routes."""
     m, n, tasks = (int(side) for side in name.split("x"))
     superpose(made((32, 32), 3, device))
     dtype = getattr(torch, source)
-    report = superpose(made((m, n), tasks, device), route=route, source_dtype=dtype).report
-    assert report.converged
+    options = {"rank": 1.0, "ridge": "auto", "route": route}
+    given = TaskMatrices(
+        read=lambda: made((m, n), tasks, device),
+        shape=(m, n),
+        count=tasks,
+        device=torch.device(device),
+        source_dtype=dtype,
+    )
+    with full_precision(), torch.no_grad():
+        record = methods.get("stf").merge(given, options).record
+    assert record.converged
     on_card = device.startswith("cuda")
     used = torch.cuda.max_memory_allocated() if on_card else peak_memory()
-    print(used, report.precision, *set(report.routes))
+    print(used, *set(record.routes))
 
 
-def peak(name: str, device: str, route: str, source: str) -> tuple[int, str, list[str]]:
+def peak(name: str, device: str, route: str, source: str) -> tuple[int, list[str]]:
     """Run one shape in its own process and return what ``once`` prints, the peak in bytes."""
     options = ["--once", name, "--device", device, "--route", route, "--source", source]
     command = [sys.executable, __file__, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    used, precision, *routes = done.stdout.split()
-    return int(used), precision, routes
+    used, *routes = done.stdout.split()
+    return int(used), routes
 
 
 def main() -> None:
@@ -67,20 +77,16 @@ def main() -> None:
     for name in given.shapes:
         m, n, tasks = (int(side) for side in name.split("x"))
         size = 4 * m * n * tasks
-        highest, precision, routes = peak(name, given.device, given.route, given.source)
+        highest, routes = peak(name, given.device, given.route, given.source)
         assert given.route in ("auto", *routes), routes
         limit, used = 3 * size + 10**9, highest - idle
         figures[name] = {
             "routes": routes,
-            "precision": precision,
             "task matrices": size,
             "used": used,
             "bound": limit,
         }
-        print(
-            f"{name}: task matrices of {size / 1e9:.2f} GB, {', '.join(routes)}, solved in "
-            f"{precision} precision"
-        )
+        print(f"{name}: task matrices of {size / 1e9:.2f} GB, {', '.join(routes)}")
         judge(figures, f"{name}, GB above an idle process", used / 1e9, "at most", limit / 1e9)
     finish(given, figures)
 

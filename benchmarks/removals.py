@@ -192,6 +192,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--before", type=Path, help="a checkout of the engine before")
     options.add_argument("--repeats", type=int, default=3, help="merges a process; the best counts")
+    options.add_argument("--only", help="what was removed, to measure that alone")
     options.add_argument("--tiny", action="store_true", help="small matrices, to try the script")
     options.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options.add_argument("--expected", type=Path, help=argparse.SUPPRESS)
@@ -209,6 +210,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = Path(folder) / "expected.pt"
         for index, case in enumerate(chosen):
+            if given.only not in (None, case.removed):
+                continue
             torch.save(reference(case.matrices()), expected)
             found = figures["cases"][case.name] = pairs(index, case, given, expected)
             before, after = (shown(found[which]["seconds"]) for which in ("before", "after"))

@@ -10,7 +10,6 @@ store`` leaves its lock and diagnostics out, so that checks and store stand alon
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import shutil
@@ -46,14 +45,27 @@ class NoDigests:
         return {}
 
 
+class NoRecords:
+    """Stands for the recorder, and writes nothing."""
+
+    def __init__(self, _: Path) -> None:
+        pass
+
+    def write(self, _: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def run_without_lock(arguments: list[str]) -> None:
     """Be ``mergekit-stf merge`` with checks and store and neither lock nor diagnostics."""
     nothing = SimpleNamespace(outputs=())
     with (
         patch.object(merging, "Digests", NoDigests),
-        patch.object(merging, "make_lock", lambda *_: nothing),
+        patch.object(merging, "make_lock", lambda *_, **__: nothing),
         patch.object(merging, "write_lock", lambda *_: None),
-        patch.object(merging.diagnostics, "recording", lambda _: contextlib.nullcontext()),
+        patch.object(merging, "Recorder", NoRecords),
     ):
         mergekit_stf(["merge", *arguments], standalone_mode=False)
 

@@ -76,8 +76,8 @@ def main() -> None:
     idle = 0 if on_card else peak(1, 64, given.source)
     for tasks in given.tasks:
         matrices = task_matrices(shape, tasks, given.device)
-        report = merge(matrices).report
-        assert report.converged
+        record = merge(matrices).record
+        assert record.converged
         ours = spread(
             [seconds(lambda m=matrices: merge(m), given.device) for _ in range(given.runs)]
         )
@@ -88,11 +88,10 @@ def main() -> None:
         )
         entry = {
             "ours": ours,
-            "steps": report.iterations,
-            "precision": report.precision,
+            "steps": record.iterations,
             "bytes": used,
         }
-        line = f"T = {tasks}: {shown(ours)}, {report.iterations} steps, {report.precision}, "
+        line = f"T = {tasks}: {shown(ours)}, {record.iterations} steps, "
         line += f"{entry['bytes'] / 2**20:.0f} MiB"
         if tasks <= given.rival_up_to:
             entry["rival"] = spread([seconds(lambda m=matrices: straightforward(m), given.device)])

@@ -9,6 +9,7 @@ turn: ``plan`` against what ``merge`` then takes; ``sweep`` over nine values of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +69,10 @@ def writing(out: Path, count: int) -> float:
 def recording(root: Path) -> float:
     """Return the seconds that one record takes."""
     matrices = task_matrices((1024, 1024), 3)
-    report = superpose(matrices, source_dtype=torch.bfloat16).report
-    with diagnostics.recording(root / "d.jsonl") as recorder:
-        times = [
-            seconds(
-                lambda: recorder.record(
-                    name="model.layers.0.mlp.up_proj.weight",
-                    rule="superpose",
-                    shape=(1024, 1024),
-                    models=["a", "b", "c"],
-                    seconds=1.0,
-                    device=torch.device("cpu"),
-                    reports=[report],
-                )
-            )
-            for _ in range(100)
-        ]
+    record = superpose(matrices, source_dtype=torch.bfloat16).record
+    whole = replace(record, name="model.layers.0.mlp.up_proj.weight", rule="superpose")
+    with contextlib.closing(diagnostics.Recorder(root / "d.jsonl")) as recorder:
+        times = [seconds(lambda: recorder.write(whole)) for _ in range(100)]
     return statistics.median(times)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         result = superpose(small, rank=rank)
         error = distance(result.M, reference(small, int(rank * given.error_size)))
         assert error <= 1e-3, error
-        route = superpose(large, rank=rank).report.routes[0]
+        route = superpose(large, rank=rank).record.routes[0]
         times = [
             seconds(lambda r=rank: superpose(large, rank=r), given.device)
             for _ in range(given.runs)

@@ -21,8 +21,8 @@ WORKSPACE = 3 * 2**28
 """Bytes that the decompositions running at a time may need together."""
 
 SQUARES = {"cpu": 32, "cuda": 40}
-"""Bytes of workspace for each entry of an n×n Gram matrix: it, its eigenvectors, LAPACK's two; more
-on a card, where half of it does where only leading features are computed."""
+"""Bytes of workspace for each entry of an n×n Gram matrix in float64. On a CPU: the matrix, its
+eigenvectors, and two copies of LAPACK's. A card needs more; half of it for leading features alone."""
 
 STREAMS = 4
 """Matrices at a time on a card; each more keeps a workspace of the product library, 32 MB."""
@@ -59,8 +59,8 @@ def each(
 ) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, so many at a time.
 
-    Matrices are taken from the iterable when a worker is free, and given back when worked on. While
-    another thread of the process shares its cores out, this one works by itself.
+    A matrix is taken from the iterable when a worker is free, and no reference to it is kept. Where
+    another thread of the process is in here already, this one takes its matrices one by one.
     """
     if not _sharing.acquire(blocking=False):
         return [work(M) for M in matrices]
@@ -81,9 +81,9 @@ def each(
 
 
 def alone(M: Tensor) -> AbstractContextManager[object]:
-    """Return what keeps large exact decompositions on a card from running at a time.
+    """Return a lock that lets one large exact decomposition at a time run on a card; else no lock.
 
-    They fill it, so that they gain nothing from each other, and their workspaces would add up.
+    Two would gain nothing, as each fills the card, and their workspaces would add up.
     """
     large = M.is_cuda and workers_for(min(M.shape), STREAMS, M.device) < STREAMS
     return _large if large else nullcontext()

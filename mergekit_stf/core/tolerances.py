@@ -44,10 +44,10 @@ ALONG = 0.02
 (measured: with 0.1 or with 0.002 instead the median error moves by a twentieth)."""
 
 FINE_TAIL = 0.2
-"""The same where features are to be turned apart: so few stay mixed that two turns do."""
+"""``TAIL`` where features are to be turned apart: so few stay mixed that two turns do."""
 
 ROUGH_TAIL = 0.05
-"""The same where the checkpoints' own rounding hides more (``benchmarks/accuracy.py``)."""
+"""``TAIL`` where the checkpoints' own rounding hides more (``benchmarks/accuracy.py``)."""
 
 BLURRED = 1e-3
 """Below ``BLURRED`` of the largest, eigenvalues of a float32 Gram matrix are mixed with others."""

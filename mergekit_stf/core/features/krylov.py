@@ -29,13 +29,14 @@ BLOCKS = 16
 """Blocks in which a Krylov space reaches the number of features that are wanted."""
 
 NARROWEST = 32
-"""Columns of a block at least, or a 64th of all: M has to be read for fewer, too, as slowly."""
+"""Columns that a block has at least, unless a 64th of all is fewer: a product with fewer takes as
+long, since reading M is what takes the time."""
 
 FIRST = 2.2
 """Size of the space, in features wanted, at which convergence is looked for first."""
 
 STEP = 0.25
-"""And by how much it grows between looks, if that is a block or more."""
+"""Growth of the space between looks, in features wanted; one block at least."""
 
 
 def leading(M: Tensor, count: int) -> Features | None:

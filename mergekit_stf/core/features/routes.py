@@ -67,7 +67,8 @@ def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and, as rows, eigenvectors, largest first, from the lower triangle.
 
     The matrix is overwritten: at sides of thousands the driver's own copy of it would decide how
-    much memory a merge needs. Its transpose, in which LAPACK counts, holds the upper triangle.
+    much memory a merge needs. LAPACK reads by columns what torch stores by rows, so that the lower
+    triangle is an upper one to it.
     """
     columns = gram.mT
     out = gram.new_empty(gram.shape[0]), columns

@@ -48,7 +48,7 @@ class Desk:
     def run(self, job: WeightJob) -> WeightResult:
         """Merge one weight, from the store if it is there, and write down what was done.
 
-        The values of inputs whose answer is in the store were checked before it was made.
+        Inputs whose answer is in the store are not checked again: they were before it was stored.
 
         Raises:
             STFError: as ``job.merge_weight``, or the store or the records cannot be written.
@@ -71,7 +71,7 @@ class Desk:
         return result
 
     def merge(self, job: WeightJob) -> Merged:
-        """Return what is added to a base that somebody else adds it to, and write it down.
+        """Merge one weight up to the matrix, which the caller adds to the base.
 
         Raises:
             STFError: as ``job.merge_matrix``.

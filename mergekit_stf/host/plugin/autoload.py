@@ -17,7 +17,7 @@ _FIRST, _NEXT = (0, 1, 5), (0, 2)
 
 
 def activate() -> None:
-    """Register ``stf`` with the host, or warn once that this host is not one we know.
+    """Register our methods with the host, or warn once that this host is not one we know.
 
     A host outside :data:`REQUIREMENT` is left alone even if the registration would go through:
     nothing says that its arguments still mean the same. A host without metadata is tried.

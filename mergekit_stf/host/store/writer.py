@@ -11,8 +11,8 @@ from types import TracebackType
 class Writer:
     """A thread that writes one entry at a time; several may start entries.
 
-    At most one entry waits, so that a matrix more than without it is in memory, and a crash costs
-    at most the weight that was finished last.
+    At most one entry waits. So memory holds one matrix more than without the thread, and a crash
+    costs at most the weight that was finished last.
     """
 
     def __init__(self) -> None:
