@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.architectures import coverage
+from mergekit_stf.host.diagnostics import records as diagnostics
+from mergekit_stf.host.diagnostics.notices import near_duplicates
 from mergekit_stf.host.lora import model as adapter_model
 from mergekit_stf.host.lora.adapter_file import total_error
 from mergekit_stf.host.lora.ahead import Ahead
@@ -377,7 +378,10 @@ def product(adapter: Path, module: str) -> Tensor:
 
 
 def test_contradicting_adapters_are_damped_and_named(
-    llama_base: Path, llama_adapters: list[Path], tmp_path: Path
+    llama_base: Path,
+    llama_adapters: list[Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An adapter and a copy with a little noise: the exact answer would be a hundred times both."""
     first, noisy = llama_adapters[0], tmp_path / "noisy"
@@ -388,11 +392,14 @@ def test_contradicting_adapters_are_damped_and_named(
         tensor.mul_(1.05).add_(1e-3 * torch.randn_like(tensor))
     save_file(stored, noisy / "adapter_model.safetensors")
     content = made.recipe(llama_base, made.on_base(llama_base, [first, noisy]))
-    done = merged(content, tmp_path / "native")
+    merged(content, tmp_path / "native")
     expected = full_route(llama_base, [first, noisy], tmp_path / "full")
     assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
-    assert done.damped
-    assert {pair for pairs in done.damped.values() for pair in pairs} == {(str(first), str(noisy))}
+    records = diagnostics.read(tmp_path / "native" / diagnostics.FILE_NAME)
+    damped = [set(near_duplicates(record)) for record in records if record.cutoff]
+    assert damped
+    assert all(pairs == {(str(first), str(noisy))} for pairs in damped)
+    assert f"{len(damped)} weights were ill-posed and damped: {first} and {noisy}" in caplog.text
 
 
 @pytest.mark.parametrize(("rank", "densities"), [(1.0, [1.0, 1.0]), (1, [0.5, 1.0])])
@@ -456,14 +463,13 @@ def test_weights_are_merged_a_few_ahead_and_in_any_order() -> None:
     merged_names: list[str] = []
     names = [str(number) for number in range(20)]
 
-    class Merger:
-        def delta(self, stored: str, base: Callable[[], Tensor]) -> Tensor:
-            merged_names.append(stored)
-            return base() * 2
+    def doubled(name: str) -> int:
+        merged_names.append(name)
+        return 2 * int(name)
 
-    with Ahead(Merger(), names, lambda name: torch.tensor(float(name))) as deltas:
+    with Ahead(names, doubled) as results:
         for name in ("0", "9", "3"):
-            assert deltas.take(name) == 2 * float(name)
+            assert results.take(name) == 2 * int(name)
     assert merged_names == names[: len(merged_names)]
     assert 10 <= len(merged_names) <= 16
 

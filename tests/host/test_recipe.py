@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.plugin.parameters import PARAMETERS
+from mergekit_stf.host.plugin.parameters import parameters_of
 from mergekit_stf.host.recipe.recipe import Recipe, check_recipe, load_recipe
 
 
@@ -182,8 +183,9 @@ def test_a_decimal_comma(models: Path, method: str) -> None:
 
 
 def test_a_decimal_comma_in_mergekit_yaml() -> None:
+    density = next(p for p in parameters_of(methods.get("stf")) if p.name == "density")
     with pytest.raises(STFError, match=r"parameter `density`: must be written with a point, 0\.5"):
-        next(p for p in PARAMETERS if p.name == "density").validate("0,5")
+        density.validate("0,5")
 
 
 @pytest.mark.parametrize(
