@@ -1,7 +1,6 @@
-"""The store: what is put comes back, what is damaged never does, and the key misses nothing."""
+"""The store: what is put comes back, and what is damaged never does."""
 
 import errno
-import logging
 import multiprocessing
 import os
 import threading
@@ -12,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_stf.core import precision
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.store import entry as store_entry
 from mergekit_stf.host.store import store as module
-from mergekit_stf.host.store.store import Store, active, using
+from mergekit_stf.host.store.store import Store, store_of_environment
 
 
 @pytest.fixture
@@ -52,54 +50,6 @@ def test_a_note_comes_back_with_its_matrix_and_is_checked_like_it(store: Store) 
     entry(store).write_bytes(entry(store).read_bytes().replace(b"kept: 2", b"kept: 3"))
     assert take(store, "ab") is None
     assert store.rejected == 1
-
-
-def test_every_input_changes_the_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = [torch.arange(12.0).reshape(3, 4), torch.ones(3, 4)]
-    options = {"rank": 1.0, "density": (0.2, 1.0)}
-    known = precision.has_bfloat16(torch.device("cpu"))
-    key = store.key(tensors, options)
-    assert store.key([t.clone() for t in tensors], dict(reversed(options.items()))) == key
-    changed = [t.clone() for t in tensors]
-    changed[1].view(torch.uint8)[2, 3] ^= 1
-    others = {
-        store.key(changed, options),
-        store.key(tensors[::-1], options),
-        store.key([tensors[0].reshape(4, 3), tensors[1]], options),
-        store.key([tensors[0].view(torch.int32), tensors[1]], options),
-        store.key(tensors, {**options, "rank": 0.5}),
-        store.key(tensors, {**options, "more": None}),
-    }
-    assert len(others | {key}) == 7
-    for name in ("torch", "mergekit_stf"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"{name}.__version__", "0")
-            store_entry._build.cache_clear()
-            assert store.key(tensors, options) != key
-        store_entry._build.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(precision, "has_bfloat16", lambda device: not known)
-        store_entry._build.cache_clear()
-        assert store.key(tensors, options) != key
-    store_entry._build.cache_clear()
-    for name in ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_X"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "AVX2")
-            assert store.key(tensors, options) != key
-    monkeypatch.setenv("MKL_VERBOSE", "1")
-    assert store.key(tensors, options) == key
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert store.key(tensors, options) != key
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
-    assert store.key(tensors, options) != key
-
-
-def test_strided_inputs_have_the_key_of_their_values(store: Store) -> None:
-    x = torch.randn(4, 6)
-    assert store.key([x.T.contiguous().T], {}) == store.key([x], {})
 
 
 def truncate(path: Path) -> None:
@@ -242,7 +192,7 @@ def test_a_full_disk_is_one_clear_line(store: Store, monkeypatch: pytest.MonkeyP
 
 def test_beside_the_merge_entries_are_complete_when_asked_for_and_at_the_end(store: Store) -> None:
     matrices = {f"{k:02x}": torch.randn(300, 300) for k in range(8)}
-    with using(store):
+    with store.writing_beside():
         for key, matrix in matrices.items():
             store.put(key, matrix)
             assert torch.equal(take(store, key), matrix)
@@ -263,7 +213,7 @@ def test_beside_the_merge_the_next_entry_waits_for_the_one_before(
         order.append(key)
 
     monkeypatch.setattr(module, "write_entry", slow)
-    with using(store):
+    with store.writing_beside():
         store.put("01", torch.eye(2))
         order.append("put")
         store.put("02", torch.eye(2))
@@ -272,7 +222,7 @@ def test_beside_the_merge_the_next_entry_waits_for_the_one_before(
 
 
 def put_beside(store: Store, *keys: str, error: Exception | None = None) -> None:
-    with using(store):
+    with store.writing_beside():
         for key in keys:
             store.put(key, torch.eye(2))
         if error:
@@ -320,22 +270,20 @@ def test_old_leftovers_are_removed(store: Store) -> None:
     assert [path.name for path in store.folder.iterdir()] == [".partial-new"]
 
 
-def test_active_store(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    assert active() is None
+def test_the_environment_names_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MERGEKIT_STF_STORE", raising=False)
+    assert store_of_environment() is None
     monkeypatch.setenv("MERGEKIT_STF_STORE", str(tmp_path / "named"))
-    named = active()
+    named = store_of_environment()
     assert named is not None
-    assert named.folder == tmp_path / "named"
-    assert active() is named
-    with using(store):
-        assert active() is store
-    assert active() is named
+    assert (named.folder, named.size) == (tmp_path / "named", module.DEFAULT_SIZE)
+    monkeypatch.setenv("MERGEKIT_STF_STORE_SIZE", "1000")
+    small = store_of_environment()
+    assert small is not None
+    assert small.size == 1000
     monkeypatch.setenv("MERGEKIT_STF_STORE_SIZE", "much")
     with pytest.raises(STFError, match="MERGEKIT_STF_STORE_SIZE is a number of bytes; got 'much'"):
-        active()
+        store_of_environment()
 
 
 def hammer(folder: Path, seed: int) -> None:
