@@ -1,74 +1,76 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mergekit_stf.core import superpose
+from mergekit_stf.core import Record, superpose
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features import spectrum_ranks
+from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.diagnostics import records as diagnostics
+from mergekit_stf.host.diagnostics.records import Recorder
+from mergekit_stf.host.merging.desk import Desk, desk_of_environment
+from mergekit_stf.host.merging.job import WeightJob
+from mergekit_stf.host.merging.records import joined
 from tests.environments import ROOT
-
-CPU = torch.device("cpu")
-
-
-def matrices(seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    first, second, third = (torch.randn(24, 16, generator=generator) for _ in range(3))
-    return [first, second + first / 2, third]
+from tests.host.jobs import job_of, three
 
 
-def report(seed: int = 0) -> Report:
-    return superpose(matrices(seed)).report
-
-
-def record_one(
-    path: Path,
-    reports: list[Report],
-    rule: str = "superpose",
-    models: tuple[str, ...] = ("a", "b", "c"),
-) -> diagnostics.Record:
-    with diagnostics.recording(path) as recorder:
-        recorder.record(
-            name="layer.0.weight",
-            rule=rule,
-            shape=(24, 16),
-            models=models,
-            seconds=0.5,
-            device=CPU,
-            reports=reports,
-        )
+def record_of(path: Path, job: WeightJob) -> Record:
+    """Merge a weight at a desk that writes records, and read what it wrote."""
+    with contextlib.closing(Recorder(path)) as recorder:
+        Desk(recorder=recorder).run(job)
     (record,) = diagnostics.read(path)
     return record
 
 
-def close(found: list[float], expected: torch.Tensor) -> None:
+def written(path: Path, *records: Record) -> list[Record]:
+    with contextlib.closing(Recorder(path)) as recorder:
+        for record in records:
+            recorder.write(record)
+    return diagnostics.read(path)
+
+
+def close(found: tuple[float, ...], expected: torch.Tensor) -> None:
     torch.testing.assert_close(torch.tensor(found).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_lengths_and_interference_match_a_float64_computation(tmp_path: Path) -> None:
-    record = record_one(tmp_path / "d.jsonl", [report()])
-    flat = torch.stack([m.double().flatten() for m in matrices()])
+def check_lengths(record: Record, flat: torch.Tensor) -> None:
+    """Compare lengths and cosines with those of the task matrices, one a row, in float64."""
     length = flat.norm(dim=1)
     for row, expected in zip(record.cosine, (flat @ flat.T) / length.outer(length), strict=True):
         close(row, expected)
     close(record.norms, length)
     assert record.norm_sum == pytest.approx(flat.sum(0).norm().item(), rel=1e-5)
-    assert record.norm_merged == pytest.approx(superpose(matrices()).M.norm().item(), rel=1e-5)
+
+
+def test_lengths_and_interference_match_a_float64_computation(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "d.jsonl", job_of(three()))
+    check_lengths(record, torch.stack([m.double().flatten() for m in three()]))
+    assert record.norm_merged == pytest.approx(superpose(three()).M.norm().item(), rel=1e-5)
+
+
+def test_a_record_tells_which_weight_was_merged_how(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "d.jsonl", job_of(three()))
+    assert (record.name, record.method, record.rule) == ("layer.0.weight", "stf", "superpose")
+    assert (record.shape, record.models) == ((24, 16), ("a", "b", "c"))
+    assert record.seconds > 0
+    assert record.peak_rss
 
 
 def test_records_have_one_order_of_models_whatever_the_method_merges_in(tmp_path: Path) -> None:
-    first = record_one(tmp_path / "first.jsonl", [report()])
-    turned = superpose([matrices()[k] for k in (2, 0, 1)]).report
-    other = record_one(tmp_path / "other.jsonl", [turned], models=("c", "a", "b"))
-    assert other.models == first.models
+    first = record_of(tmp_path / "first.jsonl", job_of(three()))
+    turned = job_of([three()[k] for k in (2, 0, 1)], models="cab")
+    other = record_of(tmp_path / "other.jsonl", turned)
+    assert other.models == first.models == ("a", "b", "c")
     assert other.norms == pytest.approx(first.norms, rel=1e-5)
     for row, expected in zip(other.cosine, first.cosine, strict=True):
         assert row == pytest.approx(expected, abs=1e-6)
@@ -77,117 +79,106 @@ def test_records_have_one_order_of_models_whatever_the_method_merges_in(tmp_path
 
 
 def test_a_stack_counts_as_one_matrix(tmp_path: Path) -> None:
-    record = record_one(tmp_path / "d.jsonl", [report(0), report(1)])
-    pairs = zip(matrices(0), matrices(1), strict=True)
-    flat = torch.stack([torch.cat(pair).double().flatten() for pair in pairs])
-    length = flat.norm(dim=1)
-    for row, expected in zip(record.cosine, (flat @ flat.T) / length.outer(length), strict=True):
-        close(row, expected)
-    close(record.norms, length)
-    assert record.norm_sum == pytest.approx(flat.sum(0).norm().item(), rel=1e-5)
-    assert record.kept == [32, 32, 32]
+    stacks = [torch.stack(pair) for pair in zip(three(0), three(1), strict=True)]
+    record = record_of(tmp_path / "d.jsonl", job_of(stacks, name="experts.down_proj"))
+    check_lengths(record, torch.stack([stack.double().flatten() for stack in stacks]))
+    assert record.kept == (32, 32, 32)
 
 
-def test_a_stack_tells_of_its_worst_matrix(tmp_path: Path) -> None:
-    harder = replace(report(), condition=50.0, iterations=30, residual=1e-3, converged=False)
-    record = record_one(tmp_path / "d.jsonl", [report(), harder])
-    assert (record.condition, record.iterations) == (50.0, 30)
-    assert (record.residual, record.converged) == (1e-3, False)
-
-
-def test_a_stack_tells_of_a_matrix_that_was_solved_in_bfloat16(tmp_path: Path) -> None:
-    rough = replace(report(), precision="bfloat16")
-    for reports in ([report(), rough], [rough, report()]):
-        assert record_one(tmp_path / "d.jsonl", reports).precision == "bfloat16"
-    assert record_one(tmp_path / "d.jsonl", [report(), report()]).precision == "full"
+def test_a_stack_tells_of_its_worst_matrix() -> None:
+    one = superpose(three()).record
+    harder = replace(one, condition=50.0, iterations=30, residual=1e-3, converged=False)
+    for records in ([one, harder], [harder, one]):
+        record = joined(records)
+        assert (record.condition, record.iterations) == (50.0, 30)
+        assert (record.residual, record.converged) == (1e-3, False)
 
 
 def test_the_solve_is_described(tmp_path: Path) -> None:
-    record = record_one(tmp_path / "d.jsonl", [report()])
-    assert record.kept == [16, 16, 16]
+    record = record_of(tmp_path / "d.jsonl", job_of(three()))
+    assert record.kept == (16, 16, 16)
     assert record.residual is not None
     assert record.residual < 1e-6
-    s = torch.linalg.svdvals(matrices()[1].double())
+    s = torch.linalg.svdvals(three()[1].double())
     close(record.spectra[1], s[torch.tensor(spectrum_ranks(16)) - 1])
-    assert record.alpha_ratio == sorted(record.alpha_ratio)
+    assert record.alpha_ratio == tuple(sorted(record.alpha_ratio))
     assert record.alpha_ratio[0] < 1 < record.alpha_ratio[-1]
 
 
 def test_a_zero_task_matrix_has_no_direction(tmp_path: Path) -> None:
-    a, b, _ = matrices()
-    record = record_one(tmp_path / "d.jsonl", [superpose([a, torch.zeros_like(a), b]).report])
+    a, b, _ = three()
+    record = record_of(tmp_path / "d.jsonl", job_of([a, torch.zeros_like(a), b]))
     assert record.norms[1] == 0
-    assert record.cosine[1] == [0, 0, 0]
-    assert record.spectra[1] == []
+    assert record.cosine[1] == (0, 0, 0)
+    assert record.spectra[1] == ()
+
+
+def test_a_weight_in_which_no_model_differs_has_no_record(tmp_path: Path) -> None:
+    with contextlib.closing(Recorder(tmp_path / "d.jsonl")) as recorder:
+        Desk(recorder=recorder).run(job_of([torch.zeros(24, 16)] * 2))
+    assert diagnostics.read(recorder.path) == []
 
 
 def test_an_infinite_condition_survives_the_file(tmp_path: Path) -> None:
-    record = record_one(tmp_path / "d.jsonl", [replace(report(), condition=math.inf)])
+    whole = record_of(tmp_path / "whole.jsonl", job_of(three()))
+    (record,) = written(tmp_path / "d.jsonl", replace(whole, condition=math.inf))
     assert record.condition == math.inf
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "whole.jsonl", job_of(three()))
+    record = replace(record, facts={"of a method": 0.5})
+    (again,) = written(tmp_path / "d.jsonl", record)
+    assert again == record
 
 
 def test_lines_are_json_and_leave_out_what_a_rule_has_not(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
-    record_one(path, [], rule="sum")
+    record_of(path, job_of(three(), kind=Kind.TABLE))
     line = json.loads(path.read_text(encoding="utf-8"))
     assert line["rule"] == "sum"
     assert "condition" not in line
 
 
 def test_threads_write_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "d.jsonl"
-
-    def work(recorder: diagnostics.Recorder, number: int) -> None:
+    def work(desk: Desk, number: int) -> None:
         for index in range(20):
-            recorder.record(
-                name=f"{number}.{index}",
-                rule="sum",
-                shape=(1,),
-                models=["a", "b", "c"],
-                seconds=0.0,
-                device=CPU,
-            )
+            desk.run(job_of(three(), name=f"{number}.{index}", rule="sum"))
 
-    with diagnostics.recording(path) as recorder:
-        threads = [threading.Thread(target=work, args=(recorder, n)) for n in range(4)]
+    with contextlib.closing(Recorder(tmp_path / "d.jsonl")) as recorder:
+        desk = Desk(recorder=recorder)
+        threads = [threading.Thread(target=work, args=(desk, number)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len({record.name for record in diagnostics.read(path)}) == 80
+    assert len({record.name for record in diagnostics.read(recorder.path)}) == 80
 
 
-def test_nobody_listens_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(diagnostics.VARIABLE, raising=False)
-    assert diagnostics.active() is None
-    with diagnostics.recording(tmp_path / "d.jsonl") as recorder:
-        assert diagnostics.active() is recorder
-    assert diagnostics.active() is None
+    assert desk_of_environment().recorder is None
 
 
 def test_the_environment_switches_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "d.jsonl"
     monkeypatch.setenv(diagnostics.VARIABLE, str(path))
-    first, second = diagnostics.active(), diagnostics.active()
-    assert first is second
-    assert first is not None
-    assert first.path == path
-    assert path.exists()
-    first.close()
+    desk = desk_of_environment()
+    desk.run(job_of(three()))
+    assert desk.recorder is not None
+    desk.recorder.close()
+    assert [record.name for record in diagnostics.read(path)] == ["layer.0.weight"]
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with (
-        pytest.raises(STFError, match="cannot write diagnostics to"),
-        diagnostics.recording(tmp_path),
-    ):
-        pytest.fail("not reached")
+    with pytest.raises(STFError, match="cannot write diagnostics to"):
+        Recorder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{}\n", "not json\n", '{"name": "x"}\n'])
 def test_a_damaged_file_is_refused_by_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "d.jsonl"
-    record_one(path, [report()])
+    record_of(path, job_of(three()))
     path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
     with pytest.raises(STFError, match="line 2 is not a record"):
         diagnostics.read(path)
@@ -202,9 +193,9 @@ def test_every_key_is_documented() -> None:
     page = (ROOT / "docs" / "tools.md").read_text("utf-8")
     table = page.split("## Diagnostics")[1].split("## ")[0]
     rows = re.findall(r"^\| (`.+`) \|", table, re.MULTILINE)
-    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set(
-        diagnostics.Record.model_fields
-    )
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == {
+        field.name for field in fields(Record)
+    }
 
 
 GOOD: dict[str, object] = {
@@ -226,7 +217,7 @@ def write_raw(path: Path, *lines: dict[str, object]) -> Path:
 
 def test_a_separator_of_lines_in_a_name_is_no_line(tmp_path: Path) -> None:
     (record,) = diagnostics.read(write_raw(tmp_path / "d.jsonl", GOOD))
-    assert record.models == ["a\u2028", "b"]
+    assert record.models == ("a\u2028", "b")
 
 
 def test_a_merge_without_differences_has_no_records(tmp_path: Path) -> None:

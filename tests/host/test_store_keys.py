@@ -177,7 +177,7 @@ def test_vectors_bases_and_differences_at_hand_are_not_stored(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-TOY = '''
+TOY = """
 from mergekit_stf.core.methods import Merged, Method, Option
 from mergekit_stf.core.methods.method import describe
 from mergekit_stf.core.methods.options import number
@@ -192,7 +192,7 @@ class Toy(Method):
     def merge(self, tasks, options):
         M = {sign}options["factor"] * tasks.total()
         return Merged(M, describe(tasks, M))
-'''
+"""
 
 
 def toy_merge(module: Path, folder: Path, expected: float, hit: bool, factor: float = 1.0) -> None:
@@ -226,5 +226,6 @@ def test_method_its_options_and_its_module_are_in_the_key(tmp_path: Path) -> Non
 
 
 def test_a_method_without_a_file_is_refused() -> None:
-    with pytest.raises((STFError, OSError, TypeError)):
-        entry.source_of(type("Nowhere", (), {"__module__": "builtins"}))
+    typed_at_a_prompt = type("Toy", (), {"__module__": "__main_of_a_prompt__"})
+    with pytest.raises(STFError, match=r"source of merge method Toy cannot .* in a file"):
+        entry.source_of(typed_at_a_prompt)

@@ -81,8 +81,8 @@ def read(path: Path) -> list[Record]:
 def _parse(line: str, path: Path, number: int) -> Record:
     try:
         record = from_json(line)
-        if not (record.name and record.rule):
-            raise ValueError("it names no weight or no rule")
+        if not (record.name and record.rule and record.models):
+            raise ValueError("it names no weight, no rule or no model")
     except ValueError as error:
         raise STFError(
             f"{path}, line {number} is not a record of a merge; "
@@ -97,7 +97,9 @@ def _check(record: Record) -> None:
     lists: tuple[Sequence[object], ...] = (
         record.routes, record.kept, record.spectra, record.norms, record.cosine,
     )  # fmt: skip
-    if any(len(one) not in (0, tasks) for one in (*lists, *record.cosine)):
+    if any(len(one) not in (0, tasks) for one in lists) or any(
+        len(row) != tasks for row in record.cosine
+    ):
         raise ValueError("its lists differ in length from that of its models")
     if record.routes and not (record.norms and record.cosine):
         raise ValueError("it tells of a solve and not of its tasks")

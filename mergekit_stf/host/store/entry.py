@@ -42,10 +42,20 @@ def key_of(tensors: Sequence[torch.Tensor], options: Mapping[str, object]) -> st
 
 @cache
 def source_of(method: type) -> str:
-    """Return a digest of the module that defines a merge method, ours or somebody else's."""
-    path = inspect.getsourcefile(method)
+    """Return a digest of the module that defines a merge method, ours or somebody else's.
+
+    Raises:
+        STFError: it was defined in no file, as at a prompt.
+    """
+    try:
+        path = inspect.getsourcefile(method)
+    except TypeError:
+        path = None
     if path is None:
-        raise STFError(f"the source of merge method {method.__name__} cannot be found")
+        raise STFError(
+            f"the source of merge method {method.__name__} cannot be found, so that no merged "
+            "matrix of it can be stored; define it in a file"
+        )
     return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
 
 
