@@ -1,4 +1,4 @@
-"""Draw the plots of docs/performance.md from the figures under benchmarks/results/epyc.
+"""Draw the plots of the pages on performance from the figures under benchmarks/results/epyc.
 
 python benchmarks/plots.py
 """

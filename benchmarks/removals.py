@@ -2,6 +2,7 @@
 
 Whole processes of the engine before and after run in pairs, the first of a pair in turn. Each makes
 the same task matrices, compares its answer with a float64 reference, and then times more merges.
+Pools and shares of leftover tasks need all cores: leave OMP_NUM_THREADS unset.
 
 git worktree add /tmp/before 0827f44
 python benchmarks/removals.py --before /tmp/before --json benchmarks/results/removals.json
