@@ -290,9 +290,8 @@ class Driver:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
         self.calls = 0
-        for name, route in list(decompose.ROUTES.items()):
-            monkeypatch.setitem(decompose.ROUTES, name, self._wrap(route, fails))
-        monkeypatch.setattr(decompose, "svd", self._wrap(decompose.svd, fails))
+        for name, way in list(decompose.WAYS.items()):
+            monkeypatch.setitem(decompose.WAYS, name, self._wrap(way, fails))
 
     def _wrap(
         self, route: Callable[[torch.Tensor], Features], fails: Callable[[int], bool]

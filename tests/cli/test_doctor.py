@@ -30,15 +30,6 @@ def test_versions_and_routes_are_those_of_the_installation() -> None:
     assert cpu["routes"]["float64"] == choose_route(torch.ones(1, 1).double(), torch.float64)
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_units_for_bfloat16_are_told(monkeypatch: pytest.MonkeyPatch, units: bool) -> None:
-    monkeypatch.setattr(health, "has_bfloat16", lambda device: units)
-    (cpu, *_) = json.loads(run("doctor", "--json").stdout)["devices"]
-    assert cpu["bfloat16"] is units
-    lines = [line for line in run("doctor").stdout.splitlines() if "solved in bfloat16" in line]
-    assert lines == ["  bfloat16 checkpoints: gram_float32, solved in bfloat16"] * units
-
-
 def test_rates_are_measured() -> None:
     assert health._rate(torch.device("cpu"), torch.float32) > 0.1
 

@@ -54,13 +54,13 @@ def test_a_read_only_store_with_every_entry_serves(
 
 
 def forge_note(path: Path) -> None:
-    rewrite(path, note="{}")
+    rewrite(path, note="no record")
 
 
 def forge_tasks(path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         note = file.metadata()["note"]
-    rewrite(path, note=note.replace('"ranks":[', '"ranks":[1,').replace("[]", "[{}]"))
+    rewrite(path, note=note.replace('"kept":[', '"kept":[1,').replace("[]", "[{}]"))
 
 
 def forge_shape(path: Path) -> None:

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_stf.cli.plan import duration
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.core.pool import workspace
 from mergekit_stf.core.solve.gram import blocks_size
+from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.planning import calibrate, estimate
-from mergekit_stf.host.planning.calibrate import EXPONENT, Kind, _rank, kind_of, measure_kinds
+from mergekit_stf.host.planning.calibrate import EXPONENT, Workload, measure, workload_of
 from mergekit_stf.host.planning.planned import plan_weights
 from mergekit_stf.host.planning.probe import probe
 from mergekit_stf.host.plugin.options import MergeOptions
@@ -39,8 +41,9 @@ def recipe(models: Checkpoints, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yml", models)
 
 
-def kind(rule: str = "superpose", sides: tuple[int, int] = (96, 64)) -> Kind:
-    return Kind(rule, 1, sides, torch.float32, (1.0, 1.0), (1.0, 1.0), 1.0, "auto")
+def workload(rule: str = MERGE, sides: tuple[int, int] = (96, 64), rank: float = 1.0) -> Workload:
+    options = (("rank", rank), ("ridge", "auto"))
+    return Workload(rule, "stf", options, 1, sides, torch.float32, (1.0, 1.0), (1.0, 1.0))
 
 
 def test_the_table_counts_every_weight_by_rule(recipe: Path, models: Checkpoints) -> None:
@@ -87,7 +90,7 @@ def test_the_page_names_time_memory_and_the_costliest_weights(recipe: Path) -> N
     [
         ({"parameters": {"lamda": 0.5}}, "did you mean 'lambda'"),
         ({"base_model": "/nowhere"}, "/nowhere"),
-        ({"merge_method": "ties"}, "not 'stf'"),
+        ({"merge_method": "ties"}, "plan knows stf"),
     ],
 )
 def test_a_recipe_that_cannot_be_merged_ends_with_1(
@@ -206,63 +209,62 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, unit: float, power: float) -> None:
         self.now, self.unit, self.power = 0.0, unit, power
         self.sides: list[int] = []
-        monkeypatch.setattr(calibrate, "_run", self.run)
+        monkeypatch.setattr(calibrate, "merge_weight", self.run)
         monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def run(self, kind: Kind, side: int, device: torch.device) -> float:
-        seconds = self.law(side)
-        self.now += seconds
+    def run(self, job: WeightJob) -> None:
+        side = job.base.shape[0]
+        self.now += self.law(side)
         self.sides.append(side)
-        return seconds
 
     def law(self, side: int) -> float:
         return self.unit * side**self.power
 
 
-def test_a_kind_is_measured_at_its_own_size_when_there_is_time(
+def test_a_workload_is_measured_at_its_own_size_when_there_is_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(monkeypatch, 1e-9, 2.5)
-    whole = kind(sides=(512, 512))
-    assert measure_kinds([whole], CPU)[whole] == pytest.approx(clock.law(512))
+    whole = workload(sides=(512, 512))
+    assert measure([whole], CPU)[whole] == pytest.approx(clock.law(512))
     assert clock.sides[-1] == 512
 
 
-def test_a_large_kind_is_scaled_up_by_the_cube(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_workload_is_scaled_up_by_the_cube(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, 1e-8, EXPONENT)
-    large = kind(sides=(4096, 4096))
-    assert measure_kinds([large], CPU)[large] == pytest.approx(clock.law(4096))
+    large = workload(sides=(4096, 4096))
+    assert measure([large], CPU)[large] == pytest.approx(clock.law(4096))
     assert 256 <= max(clock.sides) < 1024
 
 
 def test_a_vector_is_scaled_up_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, 1e-4, 1.0)
-    long = kind("sum", sides=(10**6, 1))
-    assert measure_kinds([long], CPU)[long] == pytest.approx(clock.law(10**6))
+    long = workload("sum", sides=(10**6, 1))
+    assert measure([long], CPU)[long] == pytest.approx(clock.law(10**6))
     assert max(clock.sides) < 10**5
 
 
 @pytest.mark.parametrize("unit", [1e-10, 1e-9, 1e-8, 1e-7])
 def test_calibration_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     clock = Clock(monkeypatch, unit, EXPONENT)
-    kinds = [kind(sides=(side, side)) for side in (4096, 2048, 1024)]
-    found = measure_kinds(kinds, CPU, budget=4.0)
-    assert found == pytest.approx({one: clock.law(one.sides[0]) for one in kinds})
+    loads = [workload(sides=(side, side)) for side in (4096, 2048, 1024)]
+    found = measure(loads, CPU, budget=4.0)
+    assert found == pytest.approx({one: clock.law(one.sides[0]) for one in loads})
     least = 7 * clock.law(256)
     assert clock.now < 4.0 + least
 
 
 def test_a_stack_costs_as_often_as_it_has_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, 1e-9, EXPONENT)
-    stack = replace(kind(sides=(256, 256)), stack=8)
-    assert measure_kinds([stack], CPU)[stack] == pytest.approx(8 * clock.law(256))
+    stack = replace(workload(sides=(256, 256)), stack=8)
+    assert measure([stack], CPU)[stack] == pytest.approx(8 * clock.law(256))
 
 
 def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of every weight, of every byte hashed and written, and of the start."""
-    costs = {"superpose": 3.0, "sum": 0.5, "mean": 0.25}
+    costs = {MERGE: 3.0, "sum": 0.5, "mean": 0.25}
     monkeypatch.setattr(
-        estimate, "measure_kinds", lambda kinds, device: {k: costs[k.rule] for k in kinds}
+        estimate, "measure", lambda found, device: {one: costs[one.rule] for one in found}
     )
     monkeypatch.setattr(estimate, "process_age", lambda: 7.0)
     monkeypatch.setattr(estimate, "peak_rss", lambda: 10**9)
@@ -271,8 +273,8 @@ def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyP
     )
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
     found = estimate.estimate(weights, MergeOptions(), recipe.parent)
-    assert found.by_weight == {weight.name: costs[weight.rule] for weight in weights}
-    assert found.merging == sum(costs[weight.rule] for weight in weights)
+    assert found.by_weight == {weight.name: costs[weight.applied_rule] for weight in weights}
+    assert found.merging == sum(costs[weight.applied_rule] for weight in weights)
     assert found.files == found.mapped + 100 * (found.store + found.output)
     assert found.seconds == found.merging + found.files + 7
     numel = {weight.name: weight.numel for weight in weights}
@@ -307,12 +309,12 @@ def test_the_speed_of_the_disk_is_measured_on_the_disk_of_the_output(
         estimate._file_seconds(1, 1, tmp_path / "nowhere")
 
 
-def test_kinds_join_what_costs_the_same(recipe: Path) -> None:
+def test_workloads_join_what_costs_the_same(recipe: Path) -> None:
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
-    kinds = {weight.name: kind_of(weight) for weight in weights}
-    up, down = (kinds[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "down"))
+    loads = {weight.name: workload_of(weight) for weight in weights}
+    up, down = (loads[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("up", "down"))
     assert up == down
-    assert len(set(kinds.values())) == 4
+    assert len(set(loads.values())) == 4
 
 
 @pytest.mark.parametrize(
@@ -326,18 +328,22 @@ def test_a_pause_of_the_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) 
     clock = Clock(monkeypatch, 1e-9, EXPONENT)
     runs = iter([1.0, clock.law(256), 5.0])
 
-    def paused(kind: Kind, side: int, device: torch.device) -> float:
-        return next(runs, clock.law(side))
+    def paused(job: WeightJob) -> None:
+        clock.now += next(runs, clock.law(job.base.shape[0]))
 
-    monkeypatch.setattr(calibrate, "_run", paused)
-    large = kind(sides=(512, 512))
-    assert measure_kinds([large], CPU)[large] == pytest.approx(clock.law(512))
+    monkeypatch.setattr(calibrate, "merge_weight", paused)
+    large = workload(sides=(512, 512))
+    assert measure([large], CPU)[large] == pytest.approx(clock.law(512))
 
 
-def test_a_number_of_features_shrinks_with_the_side() -> None:
-    kinds = {rank: replace(kind(sides=(1024, 512)), rank=rank) for rank in (0.5, 1.0, 64.0)}
-    ranks = [[_rank(kinds[rank], side) for side in (1024, 256)] for rank in kinds]
-    assert ranks == [[0.5, 0.5], [1, 1], [64, 16]]
+@pytest.mark.parametrize(("rank", "small"), [(0.5, 0.5), (1.0, 1.0), (64.0, 16.0)])
+def test_a_number_of_features_shrinks_with_the_side(
+    rank: float, small: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[WeightJob] = []
+    monkeypatch.setattr(calibrate, "merge_weight", jobs.append)
+    measure([workload(sides=(1024, 512), rank=rank)], CPU, budget=0.0)
+    assert {(job.base.shape, job.options["rank"]) for job in jobs} == {((256, 128), small)}
 
 
 def test_the_memory_of_a_parent_does_not_count() -> None:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.merging import weights
+from mergekit_stf.core import Merged, STFError, TaskMatrices
+from mergekit_stf.core.methods.stf import SuperposeFeatures
 from mergekit_stf.host.provenance import digests as digests_module
 from mergekit_stf.host.provenance.lock import read_lock
 from mergekit_stf.host.recipe.grid import parse_values, points, replaced
@@ -58,13 +60,13 @@ def test_a_decomposition_is_done_once_for_each_density(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved: list[str] = []
-    superpose = weights.superpose
+    merge = SuperposeFeatures.merge
 
-    def counted(*arguments: object, **options: object) -> object:
-        solved.append(str(options["name"]))
-        return superpose(*arguments, **options)  # type: ignore[arg-type]
+    def counted(self: SuperposeFeatures, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
+        solved.append(tasks.name)
+        return merge(self, tasks, options)
 
-    monkeypatch.setattr(weights, "superpose", counted)
+    monkeypatch.setattr(SuperposeFeatures, "merge", counted)
     grid = ("--lambda", "0.4:1.2:0.2", "--density", "0.2,1")
     assert run("sweep", recipe, tmp_path / "out", *grid, "--quiet").exit_code == 0
     assert len(set(solved)) == 14
@@ -76,7 +78,6 @@ def test_an_input_is_hashed_once(
     recipe: Path, models: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
-    monkeypatch.setattr(digests_module, "_known", {})
     pieces = digests_module.pieces
 
     def counted(path: Path) -> Iterator[memoryview]:
@@ -90,9 +91,15 @@ def test_an_input_is_hashed_once(
     assert {*models.base.glob("*.safetensors*")} <= set(hashed)
     locks = [read_lock(out / f"lambda-{value}").models for value in ("0.4", "0.6", "0.8")]
     assert locks[0] == locks[1] == locks[2]
-    (models.base / "config.json").touch()
-    assert run("sweep", recipe, out, "--lambda", "1", "--quiet").exit_code == 0
-    assert hashed[-1] == models.base / "config.json"
+
+
+def test_a_file_is_hashed_again_once_it_has_changed(tmp_path: Path) -> None:
+    path, known = tmp_path / "file", {}
+    path.write_text("before")
+    before = digests_module.digest_of(path, known)
+    path.write_text("afterwards")
+    after = digests_module.digest_of(path, known)
+    assert [before, after] == [hashlib.sha256(x).hexdigest() for x in (b"before", b"afterwards")]
 
 
 def test_a_point_that_is_there_is_not_merged_again(recipe: Path, tmp_path: Path) -> None:

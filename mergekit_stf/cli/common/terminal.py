@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
-from mergekit_stf.core.text import printable
+from mergekit_stf.text import printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

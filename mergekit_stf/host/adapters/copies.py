@@ -20,7 +20,6 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.text import printable
 from mergekit_stf.host.adapters.config import PLAIN_STARTS, AdapterConfig, read_settings
 from mergekit_stf.host.adapters.names import Known, describe, refusal, resolve
 from mergekit_stf.host.adapters.peft import Placing, hollow, peft_errors, place
@@ -30,6 +29,7 @@ from mergekit_stf.host.architectures.loading import ParameterNames
 from mergekit_stf.host.checkpoints.files import sha256_of
 from mergekit_stf.host.checkpoints.inputs import locate
 from mergekit_stf.host.recipe.yaml_text import first_line
+from mergekit_stf.text import printable
 
 LOG = logging.getLogger(__name__)
 

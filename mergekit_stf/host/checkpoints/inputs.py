@@ -13,12 +13,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.text import printable
 from mergekit_stf.host.checkpoints.counts import check_counts
 from mergekit_stf.host.checkpoints.files import check_regular, read_text
 from mergekit_stf.host.checkpoints.weight_files import ADAPTER, MODEL, gguf_problem, weight_files
 from mergekit_stf.host.recipe.recipe import Recipe
 from mergekit_stf.host.recipe.yaml_text import first_line, shown
+from mergekit_stf.text import printable
 
 WEIGHTS = {"model": MODEL, "adapter": ADAPTER}
 SETTINGS = {

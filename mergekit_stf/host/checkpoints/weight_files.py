@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.text import printable
 from mergekit_stf.host.checkpoints.files import check_regular, inside, read_text
 from mergekit_stf.host.recipe.yaml_text import first_line
+from mergekit_stf.text import printable
 
 MODEL = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")

@@ -29,6 +29,8 @@ from mergekit_stf.host.merging.job import (
 )
 from mergekit_stf.host.merging.records import sorted_by_model
 from mergekit_stf.host.store.jobs import Shelf, takes
+from mergekit_stf.host.store.store import VARIABLE as STORE
+from mergekit_stf.host.store.store import VARIABLE_SIZE as STORE_SIZE
 from mergekit_stf.host.store.store import Store, store_of_environment
 
 
@@ -101,6 +103,14 @@ class Desk:
                     peak_device=peak_device(device),
                 )
             )
+
+
+Environment = tuple[str | None, ...]
+
+
+def environment() -> Environment:
+    """Return what the environment says now of where to store and to record."""
+    return tuple(map(os.environ.get, (VARIABLE, STORE, STORE_SIZE)))
 
 
 def desk_of_environment() -> Desk:

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, PretrainedConfig
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.text import printable
 from mergekit_stf.host.architectures.coverage import ALLOW_LOSS
 from mergekit_stf.host.architectures.loading import ParameterNames, parameter_names
 from mergekit_stf.host.architectures.names import collapsed, kind_of
@@ -30,6 +29,7 @@ from mergekit_stf.host.checkpoints.headers import stored_header
 from mergekit_stf.host.merging.finite import is_finite
 from mergekit_stf.host.outputs.written import Written
 from mergekit_stf.host.recipe.yaml_text import first_line
+from mergekit_stf.text import printable
 
 LOG = logging.getLogger(__name__)
 

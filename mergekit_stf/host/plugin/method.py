@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from mergekit_stf.core import STFError, methods
 from mergekit_stf.core.methods import Method
 from mergekit_stf.host import architectures
 from mergekit_stf.host.architectures import all_weights, coverage
-from mergekit_stf.host.merging.desk import Desk, desk_of_environment
+from mergekit_stf.host.merging.desk import Desk, Environment, desk_of_environment, environment
 from mergekit_stf.host.plugin import saving
 from mergekit_stf.host.plugin.groups import job_of
 from mergekit_stf.host.plugin.parameters import parameters_of
@@ -56,6 +57,8 @@ class HostMethod(GroupMergeMethod):
             optional_tensor_policy=OptionalTensorPolicy.BASE_OR_SKIP,
         )
         self._desk: Desk | None = None
+        self._named: dict[Environment, Desk] = {}
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def at(self, desk: Desk) -> Iterator[None]:
@@ -129,11 +132,15 @@ class HostMethod(GroupMergeMethod):
 
     @property
     def desk(self) -> Desk:
-        """The desk at which jobs are run."""
-        if self._desk is None:
-            self._desk = desk_of_environment()
-            atexit.register(self._desk.notices.close)
-        return self._desk
+        """The desk at which jobs are run; the host asks for it from several threads."""
+        if self._desk is not None:
+            return self._desk
+        with self._lock:
+            variables = environment()
+            if variables not in self._named:
+                self._named[variables] = desk_of_environment()
+                atexit.register(self._named[variables].notices.close)
+            return self._named[variables]
 
 
 def register() -> None:

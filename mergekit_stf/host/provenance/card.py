@@ -9,7 +9,7 @@ import yaml
 from mergekit.card import method_md
 from mergekit.config import MergeConfiguration
 
-from mergekit_stf.core.text import printable
+from mergekit_stf.text import printable
 
 TEMPLATE = """---
 {metadata}---

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mergekit.common import ModelPath
 
-from mergekit_stf.core.text import printable
 from mergekit_stf.host.checkpoints.files import inside
 from mergekit_stf.host.outputs.check import OutputCheck, structure_faults, value_faults
 from mergekit_stf.host.provenance.digests import Known, digest_of
@@ -22,6 +21,7 @@ from mergekit_stf.host.provenance.lock import (
 )
 from mergekit_stf.host.recipe.yaml_text import first_line
 from mergekit_stf.host.run.network import cached
+from mergekit_stf.text import printable
 
 
 def differences(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.text import printable
+from mergekit_stf.text import printable
 
 MAX_NODES = 100_000
 ONE_DOCUMENT = "expected a single document in the stream"
