@@ -57,6 +57,7 @@ def test_family_merges_through_mergekit_yaml_and_meets_the_oracle(
     assert error < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", AUDITED)
 def test_audited_class_merges_whole(label: str, tmp_path: Path) -> None:
     model = build(label.split(":")[0], configuration(label))
