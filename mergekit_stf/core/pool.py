@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -20,7 +20,7 @@ from torch import Tensor
 WORKSPACE = 3 * 2**28
 """Bytes that the decompositions running at a time may need together."""
 
-SQUARES = {"cpu": 32, "cuda": 40}
+SQUARES: Mapping[str, int] = {"cpu": 32, "cuda": 40}
 """Bytes of workspace for each entry of an n×n Gram matrix in float64. On a CPU: the matrix, its
 eigenvectors, and two copies of LAPACK's. A card needs more; half of it for leading features alone."""
 

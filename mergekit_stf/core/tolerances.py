@@ -1,11 +1,13 @@
 """Every tolerance of the engine, with its reason."""
 
+from collections.abc import Mapping
+
 import torch
 
 RANK = 1e-6
 """A triple with ``s_k <= RANK * s_1`` is rounding noise of the decomposition, not a feature."""
 
-RESIDUAL = {torch.float32: 2e-7, torch.float64: 1e-14}
+RESIDUAL: Mapping[torch.dtype, float] = {torch.float32: 2e-7, torch.float64: 1e-14}
 """The solve stops when ``|G alpha - s| <= RESIDUAL * |s|``, near the rounding of its products."""
 
 MAX_ITERATIONS = 400

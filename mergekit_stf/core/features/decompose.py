@@ -8,6 +8,7 @@ was seen to defeat. Each rescue is a warning that names the weight.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def _on_cpu(M: Tensor) -> Features:
     return Features(U, s, Vh, "svd_float64_cpu")
 
 
-ROUTES: dict[str, Route] = {
+ROUTES: Mapping[str, Route] = {
     "svd": svd,
     "gram_float64": gram_float64,
     "gram_float32": gram_float32,
@@ -133,7 +134,7 @@ ROUTES: dict[str, Route] = {
 }
 """Ways from a matrix of at least as many rows as columns to all of its features."""
 
-WAYS = ROUTES | {"cpu": _on_cpu}
+WAYS: Mapping[str, Route] = {**ROUTES, "cpu": _on_cpu}
 """The same, and the last resort."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ CONVERT = (
     "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 )
 
-REFUSED = {
+REFUSED: Mapping[str, str] = {
     "use_dora": f"DoRA is not a low-rank update; {FULL_ROUTE}",
     "use_qalora": f"QALoRA pools its inputs; {FULL_ROUTE}",
     "use_bdlora": f"block-diagonal factors are not read; {FULL_ROUTE}",

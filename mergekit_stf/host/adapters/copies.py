@@ -16,7 +16,6 @@ from pathlib import Path
 
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
@@ -28,6 +27,7 @@ from mergekit_stf.host.adapters.rewrite import SPECIAL, Rewriter
 from mergekit_stf.host.architectures.loading import ParameterNames
 from mergekit_stf.host.checkpoints.files import sha256_of
 from mergekit_stf.host.checkpoints.inputs import locate
+from mergekit_stf.host.compat import close_checkpoints, keep_open
 from mergekit_stf.host.recipe.yaml_text import first_line
 from mergekit_stf.text import printable
 
@@ -45,13 +45,13 @@ def copy_adapters(config: MergeConfiguration, options: MergeOptions, folder: Pat
     Raises:
         STFError: a tensor of an adapter fills nothing in its base.
     """
-    LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
+    close_checkpoints()
     for reference in _with_adapters(config.referenced_models()):
         with tempfile.TemporaryDirectory() as scratch:
             files = _prepared(reference, options, Path(scratch))
             path = ModelPath(path=str(_copied(reference, files, options, folder)))
         copy = ModelReference(model=path)
-        LoaderCache.loaders[reference] = copy.lazy_loader(lazy_unpickle=options.lazy_unpickle)
+        keep_open(reference, copy.lazy_loader(lazy_unpickle=options.lazy_unpickle))
 
 
 def plan_adapters_as_bases(config: MergeConfiguration, options: MergeOptions) -> None:
@@ -60,13 +60,13 @@ def plan_adapters_as_bases(config: MergeConfiguration, options: MergeOptions) ->
     Raises:
         STFError: as `copy_adapters`.
     """
-    LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
+    close_checkpoints()
     for reference in _with_adapters(config.referenced_models()):
         with tempfile.TemporaryDirectory() as scratch:
             _prepared(reference, options, Path(scratch))
         base = _base_of(reference)
         loader = base.lazy_loader(options.transformers_cache, options.lazy_unpickle)
-        LoaderCache.loaders[reference] = loader
+        keep_open(reference, loader)
 
 
 def check_copies(references: Iterable[ModelReference], options: MergeOptions) -> None:

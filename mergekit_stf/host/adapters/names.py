@@ -16,7 +16,7 @@ from mergekit_stf.host.architectures.loading import ParameterNames
 
 Shape = tuple[int, ...]
 
-HEADS = {
+HEADS: Mapping[str, str] = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",

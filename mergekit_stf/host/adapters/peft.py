@@ -18,10 +18,10 @@ from mergekit.common import ModelReference, get_auto_cls
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.read import PREFIX
+from mergekit_stf.host.compat import no_init_weights
 from mergekit_stf.host.recipe.yaml_text import first_line
 
 FAILURES = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)

@@ -13,14 +13,14 @@ from functools import cache
 from importlib import resources
 
 from mergekit.architecture import ModelArchitecture, ModuleDefinition, WeightInfo
-from mergekit.architecture.json_definitions import (
-    JSON_ARCHITECTURES,
-    NAME_TO_ARCH,
-    _load_architecture_json,
-)
 
 from mergekit_stf.host.architectures.exact import ExactArchitecture
 from mergekit_stf.host.architectures.fitted import FittedArchitecture
+from mergekit_stf.host.compat import (
+    JSON_ARCHITECTURES,
+    NAME_TO_ARCH,
+    load_architecture_json,
+)
 
 SWITCH = "MERGEKIT_STF_TABLES"
 """Environment variable: set to 0, the host keeps its own tables and gets none of ours."""
@@ -104,7 +104,7 @@ def register() -> None:
 def _register() -> None:
     for file in resources.files(__package__).iterdir():
         if file.name.endswith(".json"):
-            table = _load_architecture_json(file.read_text(encoding="utf-8"))
+            table = load_architecture_json(file.read_text(encoding="utf-8"))
             _put(_rewritten(table, _unchanged))
     for name in BIASED:
         for table in list(NAME_TO_ARCH[name]):

@@ -6,26 +6,22 @@ here, and what the base's class does not use is added (``quantised.py``, ``unuse
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import mergekit.architecture
 from mergekit.architecture import ModelArchitecture
-from mergekit.architecture import get_architecture_info as host_architecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_stf.core import methods
+from mergekit_stf.host import compat
 from mergekit_stf.host.architectures.unused import Unused, add_unused, find_unused
 from mergekit_stf.host.checkpoints.dequantised import DequantisingLoader
 from mergekit_stf.host.checkpoints.quantised import Quantised, examine, refuse
 from mergekit_stf.host.diagnostics import notices
-
-QUESTION = host_architecture.__name__
 
 ELSEWHERE = (
     "mergekit-stf merge dequantises them while it reads; mergekit-yaml would write a model whose "
@@ -55,7 +51,7 @@ def architecture_of(
     base = config.base_model
     for model, found in check_quantised(config, options, dequantise).items():
         _open(model, found)
-    architecture: ModelArchitecture = host_architecture(config, options)
+    architecture: ModelArchitecture = compat.host_architecture(config, options)
     if not methods.known(config.merge_method) or base is None:
         return architecture, Unused(str(base), "")
     unused = find_unused(architecture, config, options)
@@ -77,18 +73,13 @@ def our_merge() -> Iterator[None]:
 
 
 def install() -> None:
-    """Give the host our answer where the method is ours; for other methods nothing changes.
-
-    ``mergekit.merge`` may be half imported, for our registration follows one of its imports.
-    """
-    for module in (mergekit.architecture, sys.modules.get("mergekit.merge")):
-        if hasattr(module, QUESTION):
-            setattr(module, QUESTION, _for_host)
+    """Give the host our answer where the method is ours; for other methods nothing changes."""
+    compat.replace_architecture_question(_for_host)
 
 
 def _for_host(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
     if not methods.known(config.merge_method):
-        return host_architecture(config, options)
+        return compat.host_architecture(config, options)
     ours = _ours.get()
     architecture, unused = architecture_of(config, options, dequantise=ours)
     warning = unused.warning()
@@ -122,4 +113,4 @@ def _open(model: ModelReference, found: Quantised) -> None:
     """Put a loader that dequantises into the host's cache."""
     loader = LoaderCache().get(model)
     if not isinstance(loader, DequantisingLoader):
-        LoaderCache.loaders[model] = DequantisingLoader(loader, found)
+        compat.keep_open(model, DequantisingLoader(loader, found))

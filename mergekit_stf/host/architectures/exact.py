@@ -15,10 +15,9 @@ from functools import lru_cache
 from mergekit.architecture import ModuleArchitecture, WeightInfo
 from mergekit.architecture.auto import infer_vocabulary_axes
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host import compat
 from mergekit_stf.host.architectures.loading import ParameterNames, Settings, hollow_model
 
 
@@ -97,13 +96,11 @@ def _tied(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInf
 def _spellings(model: PreTrainedModel, names: ParameterNames) -> dict[str, list[str]]:
     """Return the stored names of each parameter that has one of its own or a share in one."""
     spellings: dict[str, list[str]] = {parameter: [] for parameter in names.stored()}
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    plain = [c for c in conversions if not isinstance(c, PrefixChange)]
+    conversions = compat.get_model_conversion_mapping(model, add_legacy=False)
+    plain = [c for c in conversions if not isinstance(c, compat.PrefixChange)]
     for transforms in (plain, conversions):
-        model._weight_conversions = transforms
-        kept = {name: model.state_dict()[name] for name in spellings}
-        reverted = list(revert_weight_conversion(model, kept)) if transforms else list(kept)
-        filled = {name: names.of(name) for name in reverted}
+        stored = compat.stored_state(model, transforms, spellings)
+        filled = {name: names.of(name) for name in stored}
         shares = Counter(parameter for targets in filled.values() for parameter in targets)
         for name, targets in filled.items():
             for parameter in targets:

@@ -14,9 +14,15 @@ from functools import lru_cache
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.initialization import no_init_weights
+
+from mergekit_stf.host.compat import (
+    WeightConverter,
+    WeightRenaming,
+    computed_parameters,
+    get_model_conversion_mapping,
+    no_init_weights,
+    rename_source_key,
+)
 
 
 class ParameterNames:
@@ -34,7 +40,7 @@ class ParameterNames:
         self._prefix = model.base_model_prefix
         self._parameters = model.state_dict()
         self._trained = {name for name, _ in model.named_parameters()}
-        self._computed = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+        self._computed = [re.compile(p) for p in computed_parameters(model)]
         self.ties: dict[str, str] = dict(model.all_tied_weights_keys)
         self.embedding = _embedding_of(model)
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.headers import Header, stored_header
 from mergekit_stf.host.checkpoints.quantised import Quantised
+from mergekit_stf.host.compat import convert_moe_packed_tensors
 
 ACTIVATIONS = re.compile(r"\.(input|output|activation|[qkv])_(global_)?scale(_inv|_ub)?$")
 """Scales of activations and of the cache, which no dequantised model has a use for."""

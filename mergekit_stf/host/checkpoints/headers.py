@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from mergekit_stf.core.errors import STFError
 
-DTYPES = {
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,10 +33,9 @@ DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
-"""The types of a safetensors file, by the codes in its header."""
-if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+"""The types of a safetensors file, by the codes in its header; the last from torch 2.7 on."""
 
 EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Types that stand for quantised weights; their values mean little without scales."""

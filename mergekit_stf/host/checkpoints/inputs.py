@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from mergekit_stf.host.recipe.recipe import Recipe
 from mergekit_stf.host.recipe.yaml_text import first_line, shown
 from mergekit_stf.text import printable
 
-WEIGHTS = {"model": MODEL, "adapter": ADAPTER}
-SETTINGS = {
+WEIGHTS: Mapping[str, tuple[str, str]] = {"model": MODEL, "adapter": ADAPTER}
+SETTINGS: Mapping[str, tuple[str, str]] = {
     "model": ("config.json", "model_type"),
     "adapter": ("adapter_config.json", "peft_type"),
 }

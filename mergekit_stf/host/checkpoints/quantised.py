@@ -23,7 +23,7 @@ from mergekit_stf.host.checkpoints.inputs import locate
 from mergekit_stf.host.checkpoints.weight_files import weight_files
 from mergekit_stf.host.recipe.yaml_text import shown
 
-SIGNS = {
+SIGNS: Mapping[str, str] = {
     "mxfp4": r"_blocks$",
     "bitsandbytes nf4": r"\.quant_state\.bitsandbytes__nf4$",
     "bitsandbytes fp4": r"\.quant_state\.bitsandbytes__fp4$",
@@ -40,7 +40,7 @@ SIGNS = {
 }
 """Names that only quantised weights have, the most telling first."""
 
-METHODS = {
+METHODS: Mapping[str, str] = {
     "gptq": "GPTQ",
     "awq": "AWQ",
     "hqq": "HQQ",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.content import content_of
 from mergekit_stf.host.checkpoints.headers import DTYPES, Header
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
 SYNCED = 2**24
 """Bytes after which the disk is asked to take what has been written."""

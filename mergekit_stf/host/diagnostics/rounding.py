@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_stf.host.checkpoints.headers import stored_header
+from mergekit_stf.host.compat import opened
 from mergekit_stf.host.diagnostics.notices import Notice
 
 
@@ -29,7 +29,7 @@ def rounded_inputs(name: str, entries: Iterable[TensorEntry]) -> Iterator[Notice
     for entry in entries:
         if not isinstance(entry.id, ModelReference) or not entry.tensor.is_floating_point():
             continue
-        loader, dtype = LoaderCache().loaders.get(entry.id), entry.tensor.dtype
+        loader, dtype = opened(entry.id), entry.tensor.dtype
         if loader is None or name not in loader.index.tensor_paths:
             continue
         stored = stored_header(loader, name).dtype

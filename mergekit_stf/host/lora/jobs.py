@@ -71,7 +71,8 @@ class AdapterJobs:
         if found is not None:
             yield from pieces(*found)
             return
-        tensor = copied(stored, base, dtype, self.plan.base)
+        tensor, notices = copied(stored, base, dtype, self.plan.base)
+        self.desk.notices.say(notices)
         if not is_finite(tensor):
             self.infinite.append(stored)
         yield tensor

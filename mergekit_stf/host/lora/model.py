@@ -21,7 +21,7 @@ from mergekit_stf.host.lora.ahead import Ahead
 from mergekit_stf.host.lora.jobs import AdapterJobs, Found
 from mergekit_stf.host.lora.plan import AdapterPlan, TouchedWeight
 
-COMPANIONS = [
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "*token*",
@@ -33,7 +33,7 @@ COMPANIONS = [
     "chat_template.json",
     "processor_config.json",
     "*preprocessor_config.json",
-]
+)
 
 
 SMALL = 128

@@ -12,7 +12,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import Tensor
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.core.errors import STFError
@@ -22,6 +21,7 @@ from mergekit_stf.host.adapters.read import Adapter, Update, read_adapter
 from mergekit_stf.host.architectures.coverage import unguarded
 from mergekit_stf.host.architectures.loading import ParameterNames, hollow_model
 from mergekit_stf.host.checkpoints.inputs import input_models, locate
+from mergekit_stf.host.compat import close_checkpoints, no_init_weights
 from mergekit_stf.host.lora.recipe import adapter_paths, base_of, on_base
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
 
@@ -88,7 +88,7 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     adapters = tuple(read_adapter(path, cache) for path in adapter_paths(config))
     input_models(config, options)
     local = on_base(config, str(locate(base_of(config).model, cache)))
-    LoaderCache.loaders.clear()  # the host keeps open files of earlier merges in a class
+    close_checkpoints()
     base = base_of(local)
     with unguarded():
         planned = _stored(plan_weights(local, options), base)

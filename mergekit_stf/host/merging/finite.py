@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.architectures.loading import parameter_names
 from mergekit_stf.host.architectures.names import kind_of
-
-LOG = logging.getLogger("mergekit_stf")
+from mergekit_stf.host.diagnostics.notices import Notice
 
 WIDER = (torch.bfloat16, torch.float64)
 """What to write instead, the first that holds the value: bfloat16 reaches as far as float32."""
@@ -43,11 +41,13 @@ def rounded(
     return x.to(dtype)
 
 
-def copied(name: str, x: Tensor, dtype: torch.dtype, model: Hashable) -> Tensor:
-    """Return a weight that is written as a model has it, in the type in which it is written.
+def copied(
+    name: str, x: Tensor, dtype: torch.dtype, model: Hashable
+) -> tuple[Tensor, tuple[Notice, ...]]:
+    """Return a weight as a model has it, in the type in which it is written, and what to say of it.
 
     Old versions of transformers stored attention masks, whose entries may be infinite on purpose.
-    They fill no parameter of the model's class, and are copied with one warning.
+    They fill no parameter of the model's class, and are copied with a notice.
 
     Args:
         name: of the weight.
@@ -59,9 +59,10 @@ def copied(name: str, x: Tensor, dtype: torch.dtype, model: Hashable) -> Tensor:
         STFError: an entry is NaN, or infinite in a parameter, or too large for the type.
     """
     if not is_finite(x) and not x.isnan().any() and not _fills_parameter(name, model):
-        _note_once(kind_of(name))
-        return x.to(dtype)
-    return rounded(name, x, dtype, [("base_model", x)])
+        kind = kind_of(name)
+        text = f"{kind} holds infinite entries in the base and is no parameter; it is copied"
+        return x.to(dtype), (Notice(f"infinite {kind}", text),)
+    return rounded(name, x, dtype, [("base_model", x)]), ()
 
 
 def is_finite(x: Tensor) -> bool:
@@ -147,8 +148,3 @@ def _fills_parameter(name: str, model: Hashable) -> bool:
         return True
     names = parameter_names(model.config(trust_remote_code=LoaderCache().trust_remote_code))
     return names is not None and names.fills_parameter(name)
-
-
-@functools.cache
-def _note_once(kind: str) -> None:
-    LOG.warning("%s holds infinite entries in the base and is no parameter; it is copied", kind)

@@ -177,9 +177,8 @@ def copy(job: WeightJob) -> WeightResult:
         check_type(job.name, job.base.dtype)
         check_finite(job.name, _tuned(job))
     base = loaded(job.base)
-    return WeightResult(
-        copied(job.name, base, job.written_dtype, job.base_model), notices=job.notices
-    )
+    tensor, notices = copied(job.name, base, job.written_dtype, job.base_model)
+    return WeightResult(tensor, notices=(*job.notices, *notices))
 
 
 def check(job: WeightJob) -> None:

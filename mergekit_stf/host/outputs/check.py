@@ -7,7 +7,6 @@ cannot be asked of the merge; it is told, not refused.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from mergekit_stf.host.architectures.names import collapsed, kind_of
 from mergekit_stf.host.checkpoints.content import same_bits
 from mergekit_stf.host.checkpoints.counts import check_counts
 from mergekit_stf.host.checkpoints.headers import stored_header
+from mergekit_stf.host.diagnostics.notices import once
 from mergekit_stf.host.merging.finite import is_finite
 from mergekit_stf.host.outputs.written import Written
 from mergekit_stf.host.recipe.yaml_text import first_line
@@ -244,7 +244,7 @@ def names_of(folder: Path, tensors: int) -> ParameterNames | None:
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a file may make transformers raise anything
-        _say_once(f"{folder / 'config.json'}: {printable(first_line(error))}")
+        _say(f"{folder / 'config.json'}: {printable(first_line(error))}")
         return None
     return _built(settings, tensors)
 
@@ -255,10 +255,9 @@ def _built(settings: PretrainedConfig, tensors: int) -> ParameterNames | None:
         check_counts(settings.to_dict(), Path(settings.name_or_path), tensors)
         return parameter_names(settings)
     except Exception as error:  # a class may ask for any package or value
-        _say_once(f"{settings.architectures} cannot be built: {printable(first_line(error))}")
+        _say(f"{settings.architectures} cannot be built: {printable(first_line(error))}")
         return None
 
 
-@functools.cache
-def _say_once(reason: str) -> None:
-    LOG.warning("%s; what a checkpoint must hold is therefore not known", reason)
+def _say(reason: str) -> None:
+    once(f"{reason}; what a checkpoint must hold is therefore not known")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP}
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP})
 """What a file system, a kernel or a container's filter answers when it knows no exchange."""
 
 

@@ -26,7 +26,7 @@ from mergekit_stf.host.run.signals import add_note, uninterrupted
 
 LOG = logging.getLogger(__name__)
 ENTRIES = "*.stf.safetensors"
-OURS = {"output", "store", "adapters", "old", "lock"}
+OURS = frozenset({"output", "store", "adapters", "old", "lock"})
 
 
 class Workspace:

@@ -14,7 +14,6 @@ import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import GatherTensors, LoadTensor, SaveTensor
-from mergekit.merge import _model_out_config
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
@@ -23,6 +22,7 @@ from mergekit_stf.core import methods
 from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.architectures.all_weights import architecture_of
 from mergekit_stf.host.checkpoints.headers import Header, header_of
+from mergekit_stf.host.compat import output_config
 from mergekit_stf.host.merging.job import Task, WeightJob, applied_rule, shown_rule
 from mergekit_stf.host.merging.kinds import kind_for
 from mergekit_stf.host.merging.split import parse as parse_split
@@ -134,9 +134,7 @@ def plan_weights(config: MergeConfiguration, options: MergeOptions) -> list[Plan
     """
     config = config.model_copy(deep=True)
     architecture, _ = architecture_of(config, options)
-    out_config = _model_out_config(
-        config, architecture, trust_remote_code=options.trust_remote_code
-    )
+    out_config = output_config(config, architecture, options.trust_remote_code)
     planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
     # The host's plan_in_memory() does not validate; this plan writes nothing until it is executed.
     tasks = planner.plan_to_disk(out_path="")

@@ -14,6 +14,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 
 from mergekit_stf.core import methods
+from mergekit_stf.host.compat import replace_saving
 from mergekit_stf.host.merging.finite import is_finite, rounded
 
 
@@ -26,7 +27,7 @@ def register() -> None:
     def execute(self: SaveTensor, writer: TensorWriter, tensor: Tensor | None) -> None:
         write(self, writer, _rounded(self, tensor))
 
-    SaveTensor.execute = execute
+    replace_saving(execute)
 
 
 def _rounded(task: SaveTensor, tensor: Tensor | None) -> Tensor | None:

@@ -15,17 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mergekit_stf.host.provenance.machine import instructions, switches
 
-NOT_RECORDED = {
-    "transformers_cache",
-    "lora_merge_cache",
-    "verbosity",
-    "quiet",
-    "num_threads",
-    "async_write",
-    "write_threads",
-    "lazy_unpickle",
-    "write_model_card",
-}
+NOT_RECORDED = frozenset(
+    {
+        "transformers_cache",
+        "lora_merge_cache",
+        "verbosity",
+        "quiet",
+        "num_threads",
+        "async_write",
+        "write_threads",
+        "lazy_unpickle",
+        "write_model_card",
+    }
+)
 """Options of the host that change no byte of the output, or that name a place on a machine."""
 
 
@@ -75,7 +77,7 @@ class Options(Conditions):
     @classmethod
     def of(cls, options: MergeOptions) -> Options:
         """Return what is recorded of the host's options."""
-        return cls.model_validate(options.model_dump(exclude=NOT_RECORDED))
+        return cls.model_validate(options.model_dump(exclude=set(NOT_RECORDED)))
 
     def restore(self, cache: str | None, trust_remote_code: bool) -> MergeOptions:
         """Return the host's options for the same merge.

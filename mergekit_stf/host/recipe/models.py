@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mergekit_stf.core import methods
 from mergekit_stf.host.checkpoints.weight_files import gguf_problem
 from mergekit_stf.host.recipe.yaml_text import Problem, child, shown
 
-SEPARATORS = {
+SEPARATORS: Mapping[str, str] = {
     "+": "that an adapter follows, as in «path+adapter»",
     "@": "that a revision follows, as in «name@revision»",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergekit import merge_methods
@@ -18,7 +18,12 @@ from mergekit_stf.host.recipe.keys import PARAMETERS, did_you_mean, unknown_keys
 from mergekit_stf.host.recipe.models import groups, mappings, reference, sections
 from mergekit_stf.host.recipe.yaml_text import Problem, child, shown
 
-OTHER_NAMES = {"gamma": "lambda", "epsilon": "ridge", "eta": "density", "scale": "lambda"}
+OTHER_NAMES: Mapping[str, str] = {
+    "gamma": "lambda",
+    "epsilon": "ridge",
+    "eta": "density",
+    "scale": "lambda",
+}
 
 
 def parameter_problems(data: dict[Any, Any]) -> Iterator[Problem]:
