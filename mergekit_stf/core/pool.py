@@ -22,7 +22,7 @@ WORKSPACE = 3 * 2**28
 
 SQUARES: Mapping[str, int] = {"cpu": 32, "cuda": 40}
 """Bytes of workspace for each entry of an n×n Gram matrix in float64. On a CPU: the matrix, its
-eigenvectors, and two copies of LAPACK's. A card needs more; half of it for leading features alone."""
+eigenvectors, and two of LAPACK's. A card needs more; half of it for leading features alone."""
 
 STREAMS = 4
 """Matrices at a time on a card; each more keeps a workspace of the product library, 32 MB."""
