@@ -37,6 +37,8 @@ class TaskMatrices:
         source_dtype: type of the checkpoints that they were computed from; a coarse one allows
             quicker ways of computing that its rounding hides.
         name: of the weight, for warnings and errors.
+        input_axis: the axis that is multiplied with the inputs: 1, and 0 where a layer stores its
+            weight transposed, as GPT-2's do.
     """
 
     read: Callable[[], Iterable[Tensor | LowRank]]
@@ -47,6 +49,7 @@ class TaskMatrices:
     factored: bool = False
     source_dtype: torch.dtype = torch.float32
     name: str = ""
+    input_axis: int = 1
     _features: dict[tuple[float, str], tuple[Features, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +58,7 @@ class TaskMatrices:
         matrices: Sequence[Tensor | LowRank],
         source_dtype: torch.dtype = torch.float32,
         name: str = "",
+        input_axis: int = 1,
     ) -> TaskMatrices:
         """Return the task matrices of a weight that are all at hand.
 
@@ -77,6 +81,7 @@ class TaskMatrices:
             factored=not whole,
             source_dtype=source_dtype,
             name=name,
+            input_axis=input_axis,
         )
 
     def matrices(self) -> Iterator[Tensor]:

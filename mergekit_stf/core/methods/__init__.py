@@ -5,6 +5,7 @@ from __future__ import annotations
 from mergekit_stf.core.methods.method import Kind, Merged, Method, combined, describe
 from mergekit_stf.core.methods.options import RANK, Option
 from mergekit_stf.core.methods.stf import SuperposeFeatures, superpose
+from mergekit_stf.core.methods.wudi import Wudi
 
 __all__ = [
     "RANK",
@@ -55,3 +56,4 @@ def names() -> tuple[str, ...]:
 
 
 register(SuperposeFeatures())
+register(Wudi())

@@ -68,6 +68,7 @@ class Method(ABC):
             ``split``, which every method has.
         default_lambda: ``lambda`` where the recipe gives none.
         rules: what each kind of weight gets.
+        sided: the method treats inputs and outputs of a linear map differently.
         own_rule: what the method's own rule is called in recipes and tables.
     """
 
@@ -78,6 +79,7 @@ class Method(ABC):
     options: ClassVar[tuple[Option, ...]] = ()
     default_lambda: ClassVar[float] = 1.0
     rules: ClassVar[Mapping[Kind, str]] = PAPER_RULES
+    sided: ClassVar[bool] = False
     own_rule: ClassVar[str] = MERGE
 
     @abstractmethod

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.host.compat import (
     WeightConverter,
@@ -23,6 +24,9 @@ from mergekit_stf.host.compat import (
     no_init_weights,
     rename_source_key,
 )
+
+TURNED = ("Llama4TextExperts",)
+"""Classes of experts that store their weights as (in, out) and have no mark that says so."""
 
 
 class ParameterNames:
@@ -43,6 +47,7 @@ class ParameterNames:
         self._computed = [re.compile(p) for p in computed_parameters(model)]
         self.ties: dict[str, str] = dict(model.all_tied_weights_keys)
         self.embedding = _embedding_of(model)
+        self._turned = _stored_as_inputs_by_outputs(model)
 
     def of(self, name: str) -> set[str]:
         """Return the parameters that a stored tensor fills, none if the model has no use for it.
@@ -71,6 +76,13 @@ class ParameterNames:
         if target is None or pattern is not None:
             return None
         return tuple(self._parameters[target].shape)
+
+    def input_axis(self, name: str) -> int:
+        """Return the axis of a stored matrix, or of each of a stack, that meets the inputs.
+
+        It is 1, the columns, but for layers that store their weight as (in, out).
+        """
+        return 0 if self._found(name)[0] in self._turned else 1
 
     def fills_parameter(self, name: str) -> bool:
         """Say whether a stored tensor fills a parameter, and not a buffer or nothing at all."""
@@ -109,6 +121,16 @@ class ParameterNames:
                 first, *others = converter.target_patterns
                 return [target, *(target.replace(first, other, 1) for other in others)]
         return [target]
+
+
+def _stored_as_inputs_by_outputs(model: PreTrainedModel) -> frozenset[str]:
+    """Return the weights of GPT-2's Conv1D, and of experts that are multiplied from the right."""
+    found = []
+    for name, module in model.named_modules():
+        turned = getattr(module, "is_transposed", False) or type(module).__name__ in TURNED
+        if turned or isinstance(module, Conv1D):
+            found += [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+    return frozenset(found)
 
 
 def _embedding_of(model: PreTrainedModel) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mergekit_stf.core import Merged
+from mergekit_stf.core import Merged, methods
 from mergekit_stf.host.checkpoints.stored import StoredTensor
 from mergekit_stf.host.lora.plan import AdapterPlan, Change, TouchedWeight
 from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.merging.finite import copied, is_finite
 from mergekit_stf.host.merging.job import Task, WeightJob, pieces
 from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.plugin.groups import input_axis_of
 
 Found = tuple[WeightJob, Merged]
 """A job, and what is added to its base before lambda."""
@@ -105,6 +106,7 @@ def job_of(
         rule=planned.shared["rule"],
         scale=float(planned.shared["lambda"]),
         split=parse(planned.shared["split"]),
+        input_axis=input_axis_of(methods.get(planned.method), plan.base, stored),
         out_dtype=out_dtype,
         base_model=plan.base,
     )

@@ -64,6 +64,7 @@ def task_matrices(job: WeightJob, index: Index, name: str) -> TaskMatrices:
         factored=factored,
         source_dtype=job.base.dtype,
         name=name,
+        input_axis=job.input_axis,
     )
 
 

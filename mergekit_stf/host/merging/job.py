@@ -64,6 +64,7 @@ class WeightJob:
         rule: ``auto``, or what the recipe sets for this weight.
         scale: lambda.
         split: where the linear maps of a fused projection lie.
+        input_axis: the axis of each linear map that meets the inputs, 1 or 0.
         out_dtype: the type to write, None for that of the base.
         base_model: the base, where it is one of the host's references.
         notices: what is to be said of the inputs.
@@ -78,6 +79,7 @@ class WeightJob:
     rule: str = "auto"
     scale: float = 1.0
     split: Split | None = None
+    input_axis: int = 1
     out_dtype: torch.dtype | None = None
     base_model: Hashable = None
     notices: tuple[Notice, ...] = ()

@@ -26,6 +26,7 @@ from mergekit_stf.host.compat import output_config
 from mergekit_stf.host.merging.job import Task, WeightJob, applied_rule, shown_rule
 from mergekit_stf.host.merging.kinds import kind_for
 from mergekit_stf.host.merging.split import parse as parse_split
+from mergekit_stf.host.plugin.groups import input_axis_of
 from mergekit_stf.host.store.jobs import is_worth
 
 
@@ -116,6 +117,7 @@ class PlannedWeight:
             rule=self.shared["rule"],
             scale=self.shared["lambda"],
             split=parse_split(self.shared["split"]),
+            input_axis=input_axis_of(methods.get(self.method), self.base, self.name),
             out_dtype=self.out_dtype,
             base_model=self.base,
         )

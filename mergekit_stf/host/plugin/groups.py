@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_stf.core.methods import Method
+from mergekit_stf.host.architectures.loading import parameter_names
 from mergekit_stf.host.checkpoints.content import checksum, digest
 from mergekit_stf.host.diagnostics.notices import Notice
 from mergekit_stf.host.diagnostics.rounding import rounded_inputs
@@ -54,10 +57,25 @@ def job_of(
         rule=parameters["rule"],
         scale=parameters["lambda"],
         split=parse(parameters["split"]),
+        input_axis=input_axis_of(method, group.base.id, name),
         out_dtype=out_dtype,
         base_model=group.base.id,
         notices=(*_ignored(method, parameters), *rounded_inputs(name, group.entries)),
     )
+
+
+def input_axis_of(method: Method, base: Hashable, name: str) -> int:
+    """Return the axis of a weight that meets the inputs, 1 where nothing says otherwise.
+
+    Args:
+        method: asks only if its answer depends on it.
+        base: the base model, where it is one of the host's references.
+        name: of the weight.
+    """
+    if not method.sided or not isinstance(base, ModelReference):
+        return 1
+    names = parameter_names(base.config(LoaderCache().trust_remote_code))
+    return 1 if names is None else names.input_axis(name)
 
 
 def ordered(tasks: Sequence[Task]) -> list[Task]:

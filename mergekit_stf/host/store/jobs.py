@@ -69,6 +69,7 @@ def conditions_of(job: WeightJob) -> dict[str, object]:
         "source": source_of(type(methods.get(job.method))),
         "options": sorted(job.options.items()),
         "split": str(job.split),
+        "input_axis": job.input_axis,
     }
     return (own if merges else {"rule": "sum"}) | {
         "weights": [task.weight for task in job.tasks],
