@@ -1,0 +1,84 @@
+"""Every method of ours besides STF through ``mergekit-yaml``, by value, on real architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tests.host import models
+from tests.host.merging import merge, parameters, recipe, relative_error, reload, rules_of, state
+from tests.oracle import trim
+from tests.wudi_oracle import wudi
+
+ORACLES: dict[str, Callable[..., np.ndarray]] = {"wudi": wudi}
+
+
+def gpt_oss() -> PreTrainedModel:
+    """A mixture whose experts store their weights as (in, out), as the layers of GPT-2 do."""
+    config = transformers.GptOssConfig(
+        **models.TEXT, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    )
+    return models.build("GptOssForCausalLM", config)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    **{name: models.FAMILIES[name] for name in ("llama", "gpt2", "t5", "mixtral")},
+    "gpt-oss": gpt_oss,
+}
+
+
+def turned(model: PreTrainedModel) -> set[str]:
+    """Return the weights that are stored as (in, out)."""
+    found = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
+    experts = {n for n, _ in model.named_parameters() if "experts." in n}
+    return found | (experts if type(model).__name__.startswith("GptOss") else set())
+
+
+def wanted(
+    method: str, model: PreTrainedModel, tuned: list[dict[str, torch.Tensor]], **given: Any
+) -> dict[str, torch.Tensor]:
+    """Return what a method at lambda 1 makes of every parameter."""
+    base, rules, rows = state(model), rules_of(model), turned(model)
+    density, found = given.pop("density", 1.0), {}
+    for name, tensor in base.items():
+        P0, *others = (one[name].double().numpy() for one in (base, *tuned))
+        deltas = np.stack([P - P0 for P in others])
+        linear = rules[name] == "superpose"
+        stack = deltas[:, None] if not (linear and tensor.ndim == 3) else deltas
+        parts = [[trim(M, density) for M in matrices] for matrices in stack.swapaxes(0, 1)]
+        axis = 0 if name in rows else 1
+        merged = [
+            ORACLES[method](matrices, input_axis=axis, **given) if linear else sum(matrices)
+            for matrices in parts
+        ]
+        total = np.stack(merged).reshape(P0.shape)
+        scale = 1 / len(tuned) if rules[name] == "mean" else 1.0
+        found[name] = torch.from_numpy(P0 + scale * total)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ORACLES)
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_a_merge_equals_the_oracle(
+    family: str, method: str, density: float, tmp_path: Path
+) -> None:
+    checkpoints = models.save_model(FAMILIES[family](), tmp_path, layout="sharded")
+    config = recipe(checkpoints, density, merge_method=method)
+    del config["parameters"]
+    merge(config, tmp_path / "out")
+    model = reload(checkpoints.base, type(FAMILIES[family]()))
+    tuned = [parameters(folder, type(model)) for folder in checkpoints.tuned]
+    expected = wanted(method, model, tuned, density=density)
+    merged, base = parameters(tmp_path / "out", type(model)), state(model)
+    assert merged.keys() == expected.keys()
+    errors = {n: relative_error(merged[n], expected[n], base[n]) for n in expected}
+    assert max(errors.values()) <= 1e-4, max(errors, key=errors.__getitem__)
