@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from mergekit_stf.core.methods.iso_c import IsoC
 from mergekit_stf.core.methods.method import Kind, Merged, Method, combined, describe
 from mergekit_stf.core.methods.options import RANK, Option
 from mergekit_stf.core.methods.stf import SuperposeFeatures, superpose
+from mergekit_stf.core.methods.tsv_m import TSVM
 from mergekit_stf.core.methods.wudi import Wudi
 
 __all__ = [
@@ -55,5 +57,5 @@ def names() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
-register(SuperposeFeatures())
-register(Wudi())
+for _method in (SuperposeFeatures(), Wudi(), TSVM(), IsoC()):
+    register(_method)

@@ -1,0 +1,46 @@
+"""Iso-C: the sum of all task matrices with one singular value, the mean of its own.
+
+*No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces*, ICML 2025,
+arXiv 2502.04959, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from mergekit_stf.core.features.features import combine
+from mergekit_stf.core.low_rank import LowRank
+from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, describe, zero
+from mergekit_stf.core.task_matrices import TaskMatrices
+
+
+class IsoC(Method):
+    """Isotropic merging in the common subspace.
+
+    With ``Σ M_i = U diag(s) Vᵀ``, the merged matrix is ``M = mean(s) U Vᵀ`` (equation 6). The mean
+    is over all ``min(m, n)`` singular values, zeros included, as in the authors' code. Directions
+    of singular value zero have no basis of their own and are left out, where that code fills them
+    with an arbitrary one; matrices of full rank show no difference. What is no linear map is
+    averaged, as in the authors' code.
+    """
+
+    name = "iso_c"
+    title = "Iso-C"
+    reference = "Isotropic Model Merging, ICML 2025, arXiv 2502.04959, equation 6"
+    url = "https://arxiv.org/abs/2502.04959"
+    default_lambda = 1.0
+    rules = MappingProxyType({kind: MERGE if kind == Kind.LINEAR else MEAN for kind in Kind})
+
+    def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
+        """Merge the task matrices of one linear map; see the class."""
+        (sum_,) = TaskMatrices.of([tasks.total()], tasks.source_dtype, tasks.name).features()
+        if not sum_.rank:
+            M = zero(tasks)
+        else:
+            flat = torch.full_like(sum_.s, float(sum_.s.sum()) / min(tasks.shape))
+            M = LowRank(sum_.U * flat, sum_.Vh) if tasks.factored else combine([sum_], [flat])
+        return Merged(M, describe(tasks, M))
