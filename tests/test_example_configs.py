@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mergekit_stf.core import methods
 from mergekit_stf.host.recipe.recipe import check_recipe
 from tests.environments import ROOT
 from tests.host.models import VOCABULARY, save_family
@@ -57,10 +58,12 @@ def test_the_first_lines_say_when_and_how(name: str) -> None:
 @pytest.mark.parametrize("name", names(RECIPES))
 def test_every_parameter_is_one_of_the_method(name: str) -> None:
     recipe = yaml.safe_load(read(name))
-    known = {parameter.name for parameter in merge_methods.get("stf").spec.parameters}
+    method = recipe["merge_method"]
+    known = {parameter.name for parameter in merge_methods.get(method).spec.parameters}
     foreign = OF_OTHER_METHODS if name == "from_ties" else set()
     assert set(parameters(recipe)) <= (known - OF_OTHER_METHODS) | foreign
-    assert recipe["merge_method"] == "stf"
+    assert method in methods.names()
+    assert (name == method) is (method != "stf")
 
 
 def test_the_values_are_those_of_the_paper() -> None:
