@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from mergekit_stf.core.features.features import combine
-from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, describe, zero
+from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, combined, describe
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 
@@ -38,9 +36,6 @@ class IsoC(Method):
     def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
         """Merge the task matrices of one linear map; see the class."""
         (sum_,) = TaskMatrices.of([tasks.total()], tasks.source_dtype, tasks.name).features()
-        if not sum_.rank:
-            M = zero(tasks)
-        else:
-            flat = torch.full_like(sum_.s, float(sum_.s.sum()) / min(tasks.shape))
-            M = LowRank(sum_.U * flat, sum_.Vh) if tasks.factored else combine([sum_], [flat])
+        flat = torch.full_like(sum_.s, float(sum_.s.sum()) / min(tasks.shape))
+        M = combined(tasks, [sum_], [flat])
         return Merged(M, describe(tasks, M))

@@ -23,8 +23,6 @@ class Option:
             ``ValueError`` with what is allowed.
         help: a phrase on what it does, for tables and help texts.
         per_model: each model of the recipe may have its own.
-        numeric: its values are numbers, over which a sweep can run.
-        scales: it only scales what is added to the base, so that M does not depend on it.
     """
 
     name: str
@@ -32,8 +30,6 @@ class Option:
     parse: Callable[[object], Any]
     help: str
     per_model: bool = False
-    numeric: bool = True
-    scales: bool = False
 
 
 def number(value: object) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, describe, zero
+from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, describe
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 SINGULAR = 1e-6
@@ -46,7 +46,7 @@ class TSVM(Method):
         features = [f.leading(count) for f in tasks.features()]
         present = [f for f in features if f.rank]
         if not present:
-            M = zero(tasks)
+            M = tasks.total()
             return Merged(M, describe(tasks, M))
         U = orthogonalised(torch.cat([f.U for f in present], dim=1))
         V = orthogonalised(torch.cat([f.Vh for f in present]).mT)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.method import Merged, Method, describe, zero
+from mergekit_stf.core.methods.method import Merged, Method, describe
 from mergekit_stf.core.methods.options import Option, number
 from mergekit_stf.core.precision import length
 from mergekit_stf.core.task_matrices import TaskMatrices
@@ -39,7 +39,7 @@ def prior(value: object) -> str:
 
 
 RIDGE = Option("ridge", 0.3, positive, "pull towards the prior, relative to the mean eigenvalue")
-PRIOR = Option("prior", "matched", prior, "where no task has inputs", numeric=False)
+PRIOR = Option("prior", "matched", prior, "where no task has inputs")
 
 
 class Wudi(Method):
@@ -111,7 +111,7 @@ def _whole(tasks: TaskMatrices, ridge: float, kind: str) -> Tensor | LowRank:
             total.add_(N, alpha=size)
             sizes.append(size)
     if not sizes:
-        return zero(tasks)
+        return tasks.total()
     mu = ridge * len(sizes) / n
     squares = sum(size * size for size in sizes)
     B.add_(total, alpha=mu * prior_scale(kind, squares, length(total) ** 2, len(sizes)))
@@ -124,7 +124,7 @@ def _in_factors(tasks: TaskMatrices, ridge: float, kind: str) -> Tensor | LowRan
     """Stay in factors: with ``V`` of all tasks, ``Vᵀ(V D Vᵀ + μ)⁻¹ = (VᵀV D + μ)⁻¹ Vᵀ``."""
     found = [f if tasks.input_axis == 1 else f.transposed for f in tasks.features() if f.rank]
     if not found:
-        return zero(tasks)
+        return tasks.total()
     n = found[0].Vh.shape[1]
     mu, sizes = ridge * len(found) / n, [f.norm for f in found]
     U, Vh = torch.cat([f.U for f in found], dim=1), torch.cat([f.Vh for f in found])

@@ -63,8 +63,8 @@ def options_of(method: Method) -> tuple[Option, ...]:
         Option("density", 1.0, density, "fraction of it kept, the largest entries", True),
         Option("lambda", method.default_lambda, number, "scale of the merged difference"),
         *method.options,
-        Option("rule", "auto", rule, "how a weight is merged", numeric=False),
-        Option("split", "none", parse, "maps of a fused matrix", numeric=False),
+        Option("rule", "auto", rule, "how a weight is merged"),
+        Option("split", "none", parse, "maps of a fused matrix"),
     )
 
 
