@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from mergekit.options import MergeOptions
 
 from mergekit_stf.cli.main import main
-from mergekit_stf.core import precision
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.provenance.conditions import NOT_RECORDED, Options
 from mergekit_stf.host.provenance.lock import read_lock, text_digest
@@ -263,14 +262,12 @@ def test_a_lock_turns_on_no_remote_code(root: Path) -> None:
 
 
 def test_a_rebuild_on_another_processor_says_so(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = "the processor has other vector instructions"
     verify("--rebuild")
     assert said not in caplog.text
-    machine = json.loads((root / "out" / "stf.lock.json").read_text())["machine"]
-    known = "bfloat16" in machine["vectors"]
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: not known)
+    edit_lock(root, lambda lock: lock["machine"].update(vectors="AVX1024"))
     verify("--rebuild")
     assert said in caplog.text
 
