@@ -57,7 +57,8 @@ def complain(error: Exception) -> None:
     import logging
 
     logging.getLogger(__name__).warning(
-        "merge_method 'stf' is not available: mergekit_stf cannot be imported (%s: %s); "
+        "the merge methods of mergekit-stf are not available: "
+        "mergekit_stf cannot be imported (%s: %s); "
         "pip install --force-reinstall --no-deps mergekit-stf",
         type(error).__name__,
         error,

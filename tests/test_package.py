@@ -157,7 +157,7 @@ def check_the_warning(environment: Environment, wheel: Path, *parts: str) -> Non
     for flags in (("-W", "always"), ("-W", "error")):
         outcome = environment(reload, *flags)
         assert outcome.stdout == "True\n"
-        assert outcome.stderr.count("merge_method 'stf' is not available") == 1
+        assert outcome.stderr.count("the merge methods of mergekit-stf are not available") == 1
         assert all(part in outcome.stderr for part in (*parts, "pip install", "AUTOLOAD=0"))
 
 

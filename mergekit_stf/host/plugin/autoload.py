@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
-import re
 import warnings
 
+from packaging.specifiers import SpecifierSet
+
 REQUIREMENT = ">=0.1.5,<0.2"
-_FIRST, _NEXT = (0, 1, 5), (0, 2)
 
 
 def activate() -> None:
@@ -23,10 +23,10 @@ def activate() -> None:
     nothing says that its arguments still mean the same. A host without metadata is tried.
     """
     installed = installed_host()
-    if installed is not None and not is_supported(installed):
-        _warn_once(f"mergekit {installed} is installed and mergekit{REQUIREMENT} is needed")
-        return
     try:
+        if installed is not None and not is_supported(installed):
+            _warn_once(f"mergekit {installed} is installed and mergekit{REQUIREMENT} is needed")
+            return
         from mergekit_stf.host.plugin.method import register
 
         register()
@@ -46,16 +46,15 @@ def installed_host() -> str | None:
 
 
 def is_supported(version: str) -> bool:
-    """Say whether a version of mergekit lies in :data:`REQUIREMENT`, by its release numbers."""
-    release = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    return _FIRST <= release < _NEXT
+    """Say whether a version of mergekit lies in :data:`REQUIREMENT`, pre-releases included."""
+    return SpecifierSet(REQUIREMENT).contains(version, prereleases=True)
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
     message = (
-        f"merge_method 'stf' is not available: {reason}. Install a matching pair with "
-        f"pip install --upgrade mergekit-stf 'mergekit{REQUIREMENT}', or set "
+        f"the merge methods of mergekit-stf are not available: {reason}. Install a matching pair "
+        f"with pip install --upgrade mergekit-stf 'mergekit{REQUIREMENT}', or set "
         "MERGEKIT_STF_AUTOLOAD=0 to leave mergekit alone."
     )
     try:
