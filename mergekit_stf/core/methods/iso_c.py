@@ -7,12 +7,11 @@ arXiv 2502.04959, section 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, combined, describe
+from mergekit_stf.core.methods.method import LINEAR_ONLY_RULES, Merged, Method, combined, describe
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 
@@ -31,7 +30,7 @@ class IsoC(Method):
     reference = "Isotropic Model Merging, ICML 2025, arXiv 2502.04959, equation 6"
     url = "https://arxiv.org/abs/2502.04959"
     default_lambda = 1.0
-    rules = MappingProxyType({kind: MERGE if kind == Kind.LINEAR else MEAN for kind in Kind})
+    rules = LINEAR_ONLY_RULES
 
     def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
         """Merge the task matrices of one linear map; see the class."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,11 @@ PAPER_RULES: Mapping[Kind, str] = {
     Kind.VECTOR: SUM,
 }
 """Algorithm 2 of the STF paper: what is no linear map is added up, normalisations are averaged."""
+
+LINEAR_ONLY_RULES: Mapping[Kind, str] = MappingProxyType(
+    {kind: MERGE if kind == Kind.LINEAR else MEAN for kind in Kind}
+)
+"""Of methods that merge linear maps and average everything else."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,13 @@ def number(value: object) -> float:
     if not abs(converted) <= LARGEST:
         raise ValueError(message)
     return converted
+
+
+def one_of(value: object, names: Sequence[str]) -> str:
+    """Return the value, if it is one of these names."""
+    if value not in names:
+        raise ValueError(f"must be one of {', '.join(names)}")
+    return str(value)
 
 
 def decimal_comma(value: object) -> str:

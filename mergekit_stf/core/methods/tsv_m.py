@@ -7,14 +7,13 @@ algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.method import MEAN, MERGE, Kind, Merged, Method, describe
+from mergekit_stf.core.methods.method import LINEAR_ONLY_RULES, Merged, Method, describe
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 SINGULAR = 1e-6
@@ -38,7 +37,7 @@ class TSVM(Method):
     reference = "Task Singular Vectors, CVPR 2025, arXiv 2412.00081, algorithm 1"
     url = "https://arxiv.org/abs/2412.00081"
     default_lambda = 1.0
-    rules = MappingProxyType({kind: MERGE if kind == Kind.LINEAR else MEAN for kind in Kind})
+    rules = LINEAR_ONLY_RULES
 
     def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
         """Merge the task matrices of one linear map; see the class."""

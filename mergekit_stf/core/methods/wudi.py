@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import Merged, Method, describe
-from mergekit_stf.core.methods.options import Option, number
+from mergekit_stf.core.methods.options import Option, number, one_of
 from mergekit_stf.core.precision import length
 from mergekit_stf.core.task_matrices import TaskMatrices
 
@@ -33,9 +33,7 @@ def positive(value: object) -> float:
 
 def prior(value: object) -> str:
     """Return the name of a prior."""
-    if value not in PRIORS:
-        raise ValueError(f"must be one of {', '.join(PRIORS)}")
-    return str(value)
+    return one_of(value, PRIORS)
 
 
 RIDGE = Option("ridge", 0.3, positive, "pull towards the prior, relative to the mean eigenvalue")

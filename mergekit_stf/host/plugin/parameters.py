@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from mergekit_stf.core import STFError
 from mergekit_stf.core.methods import Method, Option
-from mergekit_stf.core.methods.options import number
+from mergekit_stf.core.methods.options import number, one_of
 from mergekit_stf.host.merging.split import parse
 
 RULES = ("auto", "merge", "superpose", "sum", "mean", "base")
@@ -51,9 +51,7 @@ def density(value: object) -> float:
 
 def rule(value: object) -> str:
     """Return the name of a rule."""
-    if value not in RULES:
-        raise ValueError(f"must be one of {', '.join(RULES)}")
-    return str(value)
+    return one_of(value, RULES)
 
 
 def options_of(method: Method) -> tuple[Option, ...]:
