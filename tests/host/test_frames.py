@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -16,21 +14,12 @@ from mergekit.merge_methods.api import merge_tensors
 
 import mergekit_stf.host
 from mergekit_stf.core import pool
+from mergekit_stf.demo.training import torch_threads
 from mergekit_stf.host.plugin.method import HostMethod
 
 PACKAGE = str(Path(mergekit_stf.host.__file__).parent.parent)
 ENTRANCE = HostMethod._execute.__code__
 SUBMITTING = pool.each.__code__
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def ours(frame: FrameType | None) -> list[CodeType]:
@@ -87,7 +76,7 @@ def first_stack(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> list[Cod
 def test_few_frames_to_the_first_eigendecomposition(
     monkeypatch: pytest.MonkeyPatch, count: int, most: int, dtype: torch.dtype
 ) -> None:
-    with threads(count):
+    with torch_threads(count):
         found = first_stack(monkeypatch, dtype)
     assert (SUBMITTING in found) is (count > 1)
     assert len(found) <= most, [code.co_name for code in found]
