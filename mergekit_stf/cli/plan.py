@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from mergekit_stf.cli.common.terminal import echo, echo_json
 from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.adapters.copies import copy_adapters, plan_adapters_as_bases
 from mergekit_stf.host.architectures.all_weights import check_quantised
 from mergekit_stf.host.architectures.coverage import unguarded
@@ -174,7 +173,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _sampled(weights: Sequence[PlannedWeight], count: int) -> list[PlannedWeight]:
-    linear = {weight.name: weight for weight in weights if weight.applied_rule == MERGE}
+    linear = {weight.name: weight for weight in weights if weight.is_maps}
     return [linear[name] for name in spread(list(linear), count)]
 
 

@@ -138,10 +138,11 @@ class TaskMatrices:
                 [[a.inner(b) for b in factors] for a in factors], dtype=torch.float64
             )
         else:
-            scaled = [M / (length(M) or 1.0) for M in self.matrices()]
+            whole = list(self.matrices())
             inner = torch.zeros(self.count, self.count, dtype=torch.float64)
-            for parts in zip(*(torch.split(M.reshape(-1), PORTION) for M in scaled), strict=True):
-                stack = torch.stack(parts).double()
+            sizes = inner.new_tensor([[length(M) or 1.0] for M in whole]).to(self.device)
+            for parts in zip(*(torch.split(M.reshape(-1), PORTION) for M in whole), strict=True):
+                stack = torch.stack(parts).double() / sizes
                 inner += (stack @ stack.mT).cpu()
         lengths = inner.diagonal().clamp(min=0).sqrt()
         scale = torch.where(lengths > 0, lengths, 1.0)

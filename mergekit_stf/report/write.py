@@ -8,7 +8,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.checkpoints.files import replacing, write_text
 from mergekit_stf.host.diagnostics.finished import Finished
 from mergekit_stf.host.diagnostics.preservation import Preservation, measure
@@ -60,7 +59,7 @@ def write_report(
 
 def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> list[Preservation]:
     weights = {weight.name: weight for weight in finished.weights()}
-    linear = [name for name, weight in weights.items() if weight.applied_rule == MERGE]
+    linear = [name for name, weight in weights.items() if weight.is_maps]
     chosen = spread(linear, sample)
     return [
         measure(weights[name], finished.weight(name), device)

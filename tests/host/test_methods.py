@@ -13,14 +13,29 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tests.elementwise_oracles import consensus_ta, localize_stitch, pcb
 from tests.host import models
 from tests.host.merging import merge, parameters, recipe, relative_error, reload, rules_of, state
 from tests.oracle import trim
 from tests.subspace_oracles import iso_c, tsv_m
 from tests.wudi_oracle import wudi
 
-ORACLES: dict[str, Callable[..., np.ndarray]] = {"wudi": wudi, "tsv_m": tsv_m, "iso_c": iso_c}
+ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
+    "pcb": pcb,
+    "consensus_ta": consensus_ta,
+    "localize_stitch": localize_stitch,
+}
+"""Methods that merge weights of every kind."""
+
+ORACLES: dict[str, Callable[..., np.ndarray]] = {
+    "wudi": wudi,
+    "tsv_m": tsv_m,
+    "iso_c": iso_c,
+    **ELEMENTWISE,
+}
 AVERAGED = ("tsv_m", "iso_c")
+LAMBDAS = {"consensus_ta": 0.4}
+"""Of the methods whose default is not 1."""
 
 
 def gpt_oss() -> PreTrainedModel:
@@ -47,7 +62,7 @@ def turned(model: PreTrainedModel) -> set[str]:
 def wanted(
     method: str, model: PreTrainedModel, tuned: list[dict[str, torch.Tensor]], **given: Any
 ) -> dict[str, torch.Tensor]:
-    """Return what a method at lambda 1 makes of every parameter."""
+    """Return what a method at its default lambda makes of every parameter."""
     base, rules, rows = state(model), rules_of(model), turned(model)
     density, found = given.pop("density", 1.0), {}
     for name, tensor in base.items():
@@ -57,13 +72,14 @@ def wanted(
         stack = deltas[:, None] if not (linear and tensor.ndim == 3) else deltas
         parts = [[trim(M, density) for M in matrices] for matrices in stack.swapaxes(0, 1)]
         axis = 0 if name in rows else 1
+        own = linear or method in ELEMENTWISE
         merged = [
-            ORACLES[method](matrices, input_axis=axis, **given) if linear else sum(matrices)
+            ORACLES[method](matrices, input_axis=axis, **given) if own else sum(matrices)
             for matrices in parts
         ]
         total = np.stack(merged).reshape(P0.shape)
-        averaged = rules[name] == "mean" or (method in AVERAGED and not linear)
-        scale = 1 / len(tuned) if averaged else 1.0
+        averaged = not own and (rules[name] == "mean" or method in AVERAGED)
+        scale = 1 / len(tuned) if averaged else LAMBDAS.get(method, 1.0)
         found[name] = torch.from_numpy(P0 + scale * total)
     return found
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from mergekit_stf.core.methods.consensus_ta import ConsensusTA
 from mergekit_stf.core.methods.iso_c import IsoC
+from mergekit_stf.core.methods.localize_stitch import LocalizeAndStitch
 from mergekit_stf.core.methods.method import Kind, Merged, Method, combined, describe
 from mergekit_stf.core.methods.options import RANK, Option
+from mergekit_stf.core.methods.pcb import PCB
 from mergekit_stf.core.methods.stf import SuperposeFeatures, superpose
 from mergekit_stf.core.methods.tsv_m import TSVM
 from mergekit_stf.core.methods.wudi import Wudi
@@ -57,5 +60,13 @@ def names() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
-for _method in (SuperposeFeatures(), Wudi(), TSVM(), IsoC()):
+for _method in (
+    SuperposeFeatures(),
+    Wudi(),
+    TSVM(),
+    IsoC(),
+    PCB(),
+    ConsensusTA(),
+    LocalizeAndStitch(),
+):
     register(_method)

@@ -45,6 +45,9 @@ LINEAR_ONLY_RULES: Mapping[Kind, str] = MappingProxyType(
 )
 """Of methods that merge linear maps and average everything else."""
 
+ALL_RULES: Mapping[Kind, str] = MappingProxyType(dict.fromkeys(Kind, MERGE))
+"""Of methods that merge weights of every kind."""
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -73,7 +76,10 @@ class Method(ABC):
         options: the method's own, besides ``weight``, ``density``, ``lambda``, ``rule`` and
             ``split``, which every method has.
         default_lambda: ``lambda`` where the recipe gives none.
+        default_density: ``density`` where the recipe gives none.
         rules: what each kind of weight gets.
+        elementwise: the method treats every entry by itself, so that it merges weights of any
+            shape: what is no linear map comes whole, as a matrix of its first axis and the rest.
         sided: the method treats inputs and outputs of a linear map differently.
         own_rule: what the method's own rule is called in recipes and tables.
     """
@@ -84,9 +90,15 @@ class Method(ABC):
     url: ClassVar[str] = ""
     options: ClassVar[tuple[Option, ...]] = ()
     default_lambda: ClassVar[float] = 1.0
+    default_density: ClassVar[float] = 1.0
     rules: ClassVar[Mapping[Kind, str]] = PAPER_RULES
+    elementwise: ClassVar[bool] = False
     sided: ClassVar[bool] = False
     own_rule: ClassVar[str] = MERGE
+
+    def takes_whole(self, kind: Kind) -> bool:
+        """Say whether a weight of this kind is merged as one, whatever its shape."""
+        return self.elementwise and kind != Kind.LINEAR
 
     @abstractmethod
     def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:

@@ -46,6 +46,13 @@ def number(value: object) -> float:
     return converted
 
 
+def fraction(value: object) -> float:
+    """Return a share of what is kept."""
+    if not 0 < (converted := number(value)) <= 1:
+        raise ValueError("must be above 0 and at most 1")
+    return converted
+
+
 def one_of(value: object, names: Sequence[str]) -> str:
     """Return the value, if it is one of these names."""
     if value not in names:

@@ -87,7 +87,7 @@ def measure(
             {name: M[index] for name, M in merged.items()},
             weight,
         )
-        for index, _ in parts(weight.name, base.shape, job.split)
+        for index, _ in parts(weight.name, base.shape, job.split, job.is_whole)
     ]
     return _joined(measured)
 

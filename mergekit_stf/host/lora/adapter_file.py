@@ -108,9 +108,9 @@ def _factors(
     if max_rank is not None or delta.rank <= _rank_sum(touched):
         return delta
     raise STFError(
-        f"{planned.name}: its update has rank {delta.rank} instead of {_rank_sum(touched)} "
-        "(density below 1, a split, or a weight that is replaced as a whole); give a maximal "
-        "rank, or write a full model"
+        f"{planned.name}: its update by {planned.method} has rank {delta.rank} instead of "
+        f"{_rank_sum(touched)} (density below 1, a split, a weight that is replaced as a whole, or "
+        "a method that treats each entry by itself); give a maximal rank, or write a full model"
     )
 
 

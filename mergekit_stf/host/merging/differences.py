@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from mergekit_stf.core import LowRank, TaskMatrices, trim
 from mergekit_stf.core.low_rank import sum_of
 from mergekit_stf.host.checkpoints.stored import loaded
-from mergekit_stf.host.merging.parts import Index, part, part_shape
+from mergekit_stf.host.merging.parts import Index, matrix_shape, part, part_shape
 
 if TYPE_CHECKING:
     from mergekit_stf.host.merging.job import Task, WeightJob
@@ -38,15 +37,17 @@ def differences(job: WeightJob, index: Index = ()) -> Iterator[Tensor | LowRank]
             yield _trimmed(part(task.delta, index), task, job.compute_dtype)
         elif len(shape := part_shape(job.base.shape, index)) == 2:
             yield _nothing(shape)
+        else:
+            yield torch.zeros(shape, dtype=job.compute_dtype, device=job.base.device)
 
 
 def task_matrices(job: WeightJob, index: Index, name: str) -> TaskMatrices:
-    """Return the task matrices of a linear map.
+    """Return the task matrices of a part, which is a matrix or is merged as one.
 
     Args:
         job: the weight.
-        index: of the linear map in it.
-        name: of the linear map, for messages.
+        index: of the part in it.
+        name: of the part, for messages.
     """
     factored = all(
         task.tuned is None
@@ -54,10 +55,15 @@ def task_matrices(job: WeightJob, index: Index, name: str) -> TaskMatrices:
         and (task.density == 1 or task.delta is None)
         for task in job.tasks
     )
-    rows, columns = part_shape(job.base.shape, index)
+    shape = matrix_shape(part_shape(job.base.shape, index))
+
+    def read() -> Iterator[Tensor | LowRank]:
+        for M in differences(job, index):
+            yield M.reshape(shape) if isinstance(M, Tensor) else M
+
     return TaskMatrices(
-        read=partial(differences, job, index),
-        shape=(rows, columns),
+        read=read,
+        shape=shape,
         count=len(job.tasks),
         device=job.base.device,
         dtype=job.compute_dtype,

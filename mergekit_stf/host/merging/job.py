@@ -90,6 +90,11 @@ class WeightJob:
         return applied_rule(methods.get(self.method), self.kind, self.rule)
 
     @property
+    def is_whole(self) -> bool:
+        """Say whether the method merges it as one, whatever its shape."""
+        return methods.get(self.method).takes_whole(self.kind)
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which differences are formed and merged."""
         return torch.promote_types(self.base.dtype, torch.float32)
@@ -209,7 +214,7 @@ def merge_matrix(job: WeightJob) -> Merged:
         if job.applied_rule != MERGE:
             return Merged(total(job), Record())
         method, whole, records = methods.get(job.method), Assembly(tuple(job.base.shape)), []
-        for index, name in parts(job.name, job.base.shape, job.split):
+        for index, name in parts(job.name, job.base.shape, job.split, job.is_whole):
             found = method.merge(task_matrices(job, index, name), job.options)
             whole.put(index, found.M)
             records.append(found.record)

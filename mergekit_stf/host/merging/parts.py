@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,17 +19,23 @@ BLOCK = 2**18
 """Entries of a block of rows, 1 MB in float32: smaller than a core's share of the cache."""
 
 
-def parts(name: str, shape: Sequence[int], split: Split | None) -> Iterator[tuple[Index, str]]:
+def parts(
+    name: str, shape: Sequence[int], split: Split | None, whole: bool = False
+) -> Iterator[tuple[Index, str]]:
     """Yield where each matrix of a weight lies, and its name for messages.
 
     Args:
         name: of the weight.
         shape: of the weight, a matrix or a stack of matrices.
         split: the maps of a fused projection, None where a matrix is merged whole.
+        whole: the weight is merged as one, whatever its shape.
 
     Raises:
         STFError: the weight is neither, or the split does not fit it.
     """
+    if whole:
+        yield (), name
+        return
     if len(shape) not in (2, 3):
         raise STFError(
             f"{name}: only matrices and stacks of matrices are linear maps, got shape "
@@ -59,6 +66,12 @@ def part_shape(shape: Sequence[int], index: Index) -> tuple[int, ...]:
     return tuple(torch.empty(tuple(shape), device="meta")[index].shape)
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the rows and columns as which a part is merged: its first axis, and all others."""
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape[1:])
+
+
 class Assembly:
     """A weight put together from its merged parts.
 
@@ -76,7 +89,7 @@ class Assembly:
     def put(self, index: Index, M: Tensor | LowRank) -> None:
         """Put a part into its place; what no part covers is zero."""
         if index == ():
-            self.M = M
+            self.M = M.reshape(self.shape) if isinstance(M, Tensor) else M
         elif isinstance(M, LowRank):
             placed = self._placed(index, M)
             first = isinstance(self.M, Tensor) or not self.M.rank

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mergekit_stf.core import methods
 from mergekit_stf.core.methods import Kind
 from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.merging.job import Task, WeightJob, merge_weight
@@ -57,14 +58,19 @@ class Workload:
     @property
     def operations(self) -> float:
         """A measure of the work, to compare workloads with each other."""
-        share = self.sides[1] if self.rule == MERGE else 1
+        share = self.sides[1] if self.decomposes else 1
         return self.numel * share * len(self.weights)
+
+    @property
+    def decomposes(self) -> bool:
+        """Say whether the work grows with the sides of a matrix, and not with its entries alone."""
+        return self.rule == MERGE and not methods.get(self.method).elementwise
 
 
 def workload_of(weight: PlannedWeight) -> Workload:
     """Return the workload of a weight of a plan."""
     sides, stack = (weight.numel, 1), 1.0
-    if weight.applied_rule == MERGE:
+    if weight.applied_rule == MERGE and not methods.get(weight.method).elementwise:
         hollow = torch.empty(weight.header.shape, device="meta")
         shapes = [(max(piece.shape), min(piece.shape)) for piece in weight.pieces(hollow)]
         work = [rows * columns**2 for rows, columns in shapes]
@@ -121,7 +127,7 @@ def _first_side(workload: Workload) -> int:
 
 
 def _exponent(workload: Workload) -> float:
-    return EXPONENT if workload.rule == MERGE else 1.0
+    return EXPONENT if workload.decomposes else 1.0
 
 
 def _measure(workload: Workload, device: torch.device, budget: float) -> tuple[int, float]:

@@ -15,6 +15,7 @@ import torch
 from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
+from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.core.pool import workspace
@@ -25,6 +26,9 @@ from mergekit_stf.host.planning.calibrate import measure, workload_of
 from mergekit_stf.host.planning.planned import PlannedWeight
 
 _SAMPLE = 16 * 2**20
+
+ELEMENTWISE = 6
+"""Matrices that an elementwise method needs besides the task matrices: base, sum, score, result."""
 
 
 class Estimate(BaseModel):
@@ -122,6 +126,8 @@ def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     one = _matrix_bytes(weight)
     if weight.applied_rule != MERGE:
         return 4 * one
+    if methods.get(weight.method).elementwise:
+        return (len(weight.models) + ELEMENTWISE) * one
     *stack, rows, columns = weight.header.shape
     part = one // (stack[0] if stack else 1)
     side = min(rows, columns)

@@ -20,6 +20,7 @@ from mergekit.plan import MergePlanner
 
 from mergekit_stf.core import methods
 from mergekit_stf.core.methods import Kind
+from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.architectures.all_weights import architecture_of
 from mergekit_stf.host.checkpoints.headers import Header, header_of
 from mergekit_stf.host.compat import output_config
@@ -77,6 +78,12 @@ class PlannedWeight:
     def applied_rule(self) -> str:
         """The rule as ``WeightJob.applied_rule`` has it."""
         return applied_rule(methods.get(self.method), self.kind, self.shared["rule"])
+
+    @property
+    def is_maps(self) -> bool:
+        """Say whether its method merges it as one or several linear maps."""
+        whole = methods.get(self.method).takes_whole(self.kind)
+        return self.applied_rule == MERGE and not whole
 
     @property
     def options(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from mergekit_stf.core import STFError
 from mergekit_stf.core.methods import Method, Option
-from mergekit_stf.core.methods.options import number, one_of
+from mergekit_stf.core.methods.options import fraction, number, one_of
 from mergekit_stf.host.merging.split import parse
 
 RULES = ("auto", "merge", "superpose", "sum", "mean", "base")
@@ -42,13 +42,6 @@ class Parameter(ParameterSpec):
             raise STFError(f"parameter `{self.name}`: {error}, got {value!r}") from error
 
 
-def density(value: object) -> float:
-    """Return the fraction of entries that trimming keeps."""
-    if not 0 < (converted := number(value)) <= 1:
-        raise ValueError("must be above 0 and at most 1")
-    return converted
-
-
 def rule(value: object) -> str:
     """Return the name of a rule."""
     return one_of(value, RULES)
@@ -58,7 +51,13 @@ def options_of(method: Method) -> tuple[Option, ...]:
     """Return every option that a recipe of this method may set."""
     return (
         Option("weight", 1.0, number, "scales that model's difference from the base", True),
-        Option("density", 1.0, density, "fraction of it kept, the largest entries", True),
+        Option(
+            "density",
+            method.default_density,
+            fraction,
+            "fraction of it kept, the largest entries",
+            True,
+        ),
         Option("lambda", method.default_lambda, number, "scale of the merged difference"),
         *method.options,
         Option("rule", "auto", rule, "how a weight is merged"),

@@ -57,8 +57,7 @@ def is_worth(rule: str, dimensions: int, densities: Sequence[float]) -> bool:
         dimensions: of its shape.
         densities: the fraction that trimming keeps, for each task.
     """
-    trimmed = dimensions > 1 and min(densities) < 1
-    return rule == MERGE or (rule != BASE and trimmed)
+    return dimensions > 1 and (rule == MERGE or (rule != BASE and min(densities) < 1))
 
 
 def conditions_of(job: WeightJob) -> dict[str, object]:
