@@ -31,7 +31,7 @@ def updates(base: Tensor, size: float, tasks: int, rank: int) -> list[LowRank]:
     for _ in range(tasks):
         left = torch.randn(m, rank, dtype=torch.float64)
         update = LowRank(left, torch.randn(rank, n, dtype=torch.float64))
-        found.append(update.scaled(size * float(torch.linalg.norm(base)) / update.norm))
+        found.append(update.times(size * float(torch.linalg.norm(base)) / update.norm))
     return found
 
 

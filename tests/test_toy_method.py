@@ -19,7 +19,7 @@ import torch
 import transformers
 import yaml
 
-from mergekit_stf.host.diagnostics.records import FILE_NAME, Record, read
+from mergekit_stf.host.diagnostics.records import FILE_NAME, Record, read_records
 from tests import oracle, processes
 from tests.host import peft_adapters
 from tests.host.merging import State, parameters, relative_error, rules_of
@@ -113,7 +113,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def linear(folder: Path) -> list[Record]:
-    return [record for record in read(folder / FILE_NAME) if record.routes]
+    return [record for record in read_records(folder / FILE_NAME) if record.routes]
 
 
 def test_it_is_thirty_lines_and_nothing_of_the_package_names_it() -> None:

@@ -23,4 +23,4 @@ class LeadingSum(Method):
 
 
 register(LeadingSum())
-plugin.register()
+plugin.register_with_mergekit()

@@ -28,9 +28,9 @@ def command(as_json: bool) -> None:
     Example:
       mergekit-stf doctor
     """
-    from mergekit_stf.host.plugin.health import examine
+    from mergekit_stf.host.plugin.health import examine_installation
 
-    health = examine()
+    health = examine_installation()
     if as_json:
         echo_json(health)
     else:

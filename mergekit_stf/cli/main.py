@@ -10,8 +10,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from mergekit_stf import __version__
-from mergekit_stf.cli.common.errors import ending_at_once, one_line
-from mergekit_stf.cli.common.terminal import guarded
+from mergekit_stf.cli.common.errors import end_at_once, report_errors
+from mergekit_stf.cli.common.terminal import escape_streams
 
 COMMANDS = {
     "demo": "Train a tiny base and its specialists, merge them, and print what each merge does.",
@@ -36,7 +36,7 @@ class LazyGroup(click.Group):
         """Import the module of one subcommand and return its ``command``."""
         if cmd_name not in COMMANDS:
             return None
-        with ending_at_once():
+        with end_at_once():
             module = importlib.import_module(f"mergekit_stf.cli.{cmd_name}")
         command: click.Command = module.command
         return command
@@ -59,12 +59,12 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; nothing that it says obeys a control character of a file."""
-        with guarded():
+        with escape_streams():
             return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; whatever it raises ends in one message and an exit code."""
-        with one_line():
+        with report_errors():
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -12,7 +12,7 @@ from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.provenance.lock import FILE_NAME
 from mergekit_stf.host.recipe.recipe import load_recipe
-from mergekit_stf.host.run.merge import StoreOptions, merge
+from mergekit_stf.host.run.merge import StoreOptions, merge_recipe
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -45,7 +45,7 @@ def command(
     for warning in recipe.warnings:
         echo(f"Warning: {recipe.source}: {warning}", err=True)
     wanted = StoreOptions(store, store_size, keep_store)
-    merged = merge(recipe, out_path, merge_options, wanted, force)
+    merged = merge_recipe(recipe, out_path, merge_options, wanted, force)
     if not merge_options.quiet:
         echo(merged.store)
         echo(f"{out_path}: {len(merged.lock.outputs)} files, listed in {FILE_NAME}")

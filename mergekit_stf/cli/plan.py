@@ -14,12 +14,12 @@ from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.copies import copy_adapters, plan_adapters_as_bases
 from mergekit_stf.host.architectures.all_weights import check_quantised
-from mergekit_stf.host.architectures.coverage import unguarded
+from mergekit_stf.host.architectures.coverage import suspend_guard
 from mergekit_stf.host.checkpoints.inputs import input_models
-from mergekit_stf.host.planning.estimate import Estimate, by_rule, estimate
+from mergekit_stf.host.planning.estimate import Estimate, count_by_rule, estimate_merge
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
-from mergekit_stf.host.planning.preflight import amount, preflight
-from mergekit_stf.host.planning.probe import Probe, probe
+from mergekit_stf.host.planning.preflight import format_bytes, preflight
+from mergekit_stf.host.planning.probe import Probe, probe_models
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe.recipe import load_recipe
 from mergekit_stf.host.store.store import Store
@@ -127,7 +127,7 @@ def command(
 def make_plan(config_file: Path, out: Path, options: MergeOptions, sample: int) -> Plan:
     """Check a recipe and plan its merge."""
     recipe = load_recipe(config_file)
-    if not methods.known(recipe.config.merge_method):
+    if not methods.is_known(recipe.config.merge_method):
         raise STFError(
             f"{config_file}: merge_method is {recipe.config.merge_method!r}; plan knows "
             f"{', '.join(methods.names())}"
@@ -141,16 +141,16 @@ def make_plan(config_file: Path, out: Path, options: MergeOptions, sample: int) 
         else:
             plan_adapters_as_bases(recipe.config, options)
         checks = preflight(recipe.config, options, folder, Store(Path(scratch) / "store"))
-        with unguarded():  # the preflight has checked it
+        with suspend_guard():  # the preflight has checked it
             weights = plan_weights(recipe.config, options)
-        estimated = estimate(weights, options, Path(scratch))
-        probed = probe(_sampled(weights, sample)) if sample else None
+        estimated = estimate_merge(weights, options, Path(scratch))
+        probed = probe_models(_sampled(weights, sample)) if sample else None
     return Plan(
         recipe=str(config_file),
         models=sorted({str(model) for weight in weights for model in weight.models}),
         rules=[
             RuleRow(rule=rule, weights=count, parameters=numbers)
-            for rule, (count, numbers) in by_rule(weights).items()
+            for rule, (count, numbers) in count_by_rule(weights).items()
         ],
         costliest=_costliest(weights, estimated),
         estimate=estimated,
@@ -187,19 +187,20 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "costliest weights"
     for cost in plan.costliest:
         shape = " × ".join(map(str, cost.shape))
-        each = f"{cost.weights} × {duration(cost.seconds)}"
+        each = f"{cost.weights} × {format_duration(cost.seconds)}"
         yield f"  {each:>14}  {shape:<16}{cost.name}{', …' if cost.weights > 1 else ''}"
     yield ""
-    yield f"time      {duration(found.seconds)} on {found.device}"
+    yield f"time      {format_duration(found.seconds)} on {found.device}"
     yield (
-        f"          {duration(found.starting)} starting and checking, "
-        f"{duration(found.merging)} merging, {duration(found.files)} files"
+        f"          {format_duration(found.starting)} starting and checking, "
+        f"{format_duration(found.merging)} merging, {format_duration(found.files)} files"
     )
-    own, mapped = amount(found.memory - found.mapped), amount(found.mapped)
+    own, mapped = format_bytes(found.memory - found.mapped), format_bytes(found.mapped)
     yield f"memory    {own} at peak, and up to {mapped} of mapped inputs"
     if found.device_memory:
-        yield f"device    {amount(found.device_memory)} at peak"
-    yield f"disk      {amount(found.output)} output, {amount(found.store)} store while merging"
+        yield f"device    {format_bytes(found.device_memory)} at peak"
+    output, store = format_bytes(found.output), format_bytes(found.store)
+    yield f"disk      {output} output, {store} store while merging"
     if plan.probe is not None:
         yield from _probe_lines(plan.probe)
 
@@ -214,7 +215,7 @@ def _probe_lines(found: Probe) -> Iterator[str]:
         yield f"  cosine {pair.cosine:+.3f}  {pair.models[0]} and {pair.models[1]}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write a time for a reader: ``0.25 s``, ``12 s``, ``3 min``, ``2.5 h``."""
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

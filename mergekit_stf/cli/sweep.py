@@ -17,14 +17,14 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.outputs.out_folder import out_folder
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.provenance.digests import Known
-from mergekit_stf.host.recipe.grid import Point, parse_values, points, replaced
+from mergekit_stf.host.recipe.grid import Point, find_overrides, grid_points, parse_values
 from mergekit_stf.host.recipe.recipe import load_recipe
 from mergekit_stf.host.run.merge import StoreOptions
 from mergekit_stf.host.run.signals import add_note
 from mergekit_stf.host.store.store import Store
 from mergekit_stf.sweep.evaluate import Evaluation, evaluate
 from mergekit_stf.sweep.point import merge_point
-from mergekit_stf.sweep.table import Row, lines, write_best, write_table
+from mergekit_stf.sweep.table import Row, format_lines, write_best, write_table
 
 
 def values_of(
@@ -97,12 +97,12 @@ def command(
     merge_options.apply_global_options()
     for warning in recipe.warnings:
         echo(f"Warning: {recipe.source}: {warning}", err=True)
-    for name in replaced(recipe, list(values)):
+    for name in find_overrides(recipe, list(values)):
         echo(f"Warning: {name} of single models or layers is replaced by the sweep", err=True)
     out_folder(out)  # is refused now or never
     store = StoreOptions(out / ".store", store_size)
     evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    rows = _sweep(points(recipe, values), out, merge_options, store, evaluation)
+    rows = _sweep(grid_points(recipe, values), out, merge_options, store, evaluation)
     if not keep_store:
         Store(out / ".store").clear()
     _finish(rows, out, evaluation)
@@ -145,7 +145,7 @@ def _finish(rows: Sequence[Row], out: Path, evaluation: Evaluation | None) -> No
     echo(f"{write_table(rows, out)}: {len(rows)} points")
     if evaluation is None:
         return
-    for line in lines(rows):
+    for line in format_lines(rows):
         echo(line)
     if importlib.util.find_spec("matplotlib") is None:
         echo("no plot: pip install 'mergekit-stf[report]'")

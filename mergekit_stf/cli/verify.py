@@ -11,7 +11,7 @@ from mergekit_stf.cli.common.errors import DIFFERENT, Terminated
 from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.provenance.lock import FILE_NAME, Lock, read_lock
-from mergekit_stf.host.provenance.lock_check import differences
+from mergekit_stf.host.provenance.lock_check import find_differences
 
 
 @click.command("verify")
@@ -37,7 +37,7 @@ def command(
     the recipe: a relative one is taken from the current folder.
     """
     lock = read_lock(out_path)
-    found = list(differences(lock, out_path, transformers_cache))
+    found = list(find_differences(lock, out_path, transformers_cache))
     if rebuild and not found:
         found = _rebuilt(lock, out_path, scratch, transformers_cache, trust_remote_code)
     for line in found:

@@ -48,7 +48,7 @@ class LowRank:
         right = self.right.double() @ other.right.double().T
         return float((left * right).sum())
 
-    def scaled(self, factor: float) -> LowRank:
+    def times(self, factor: float) -> LowRank:
         """Return ``factor`` times the product."""
         return self if factor == 1 else LowRank(self.left * factor, self.right)
 

@@ -54,7 +54,7 @@ def workspace(side: int, count: int, device: torch.device) -> int:
     return squares * workers_for(side, count, device)
 
 
-def each(
+def map_matrices(
     work: Callable[[Matrix], Result], matrices: Iterable[Matrix], workers: int, device: torch.device
 ) -> list[Result]:
     """Return ``work(M)`` for each matrix, in order, so many at a time.
@@ -80,7 +80,7 @@ def each(
         _sharing.release()
 
 
-def alone(M: Tensor) -> AbstractContextManager[object]:
+def lock_if_large(M: Tensor) -> AbstractContextManager[object]:
     """Return a lock that lets one large exact decomposition at a time run on a card; else no lock.
 
     Two would gain nothing, as each fills the card, and their workspaces would add up.

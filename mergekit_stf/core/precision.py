@@ -32,7 +32,7 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(outside)
 
 
-def split(M: Tensor) -> tuple[Tensor, ...]:
+def split_rows(M: Tensor) -> tuple[Tensor, ...]:
     """Return ``M``, (m, n), as parts of rows of at most ``CHUNK`` entries, one row at least."""
     return torch.split(M, max(1, CHUNK // M.shape[1]))
 
@@ -46,7 +46,7 @@ def far_exponent(M: Tensor) -> int:
     return exponent if abs(exponent) > FAR else 0
 
 
-def by_power(x: Tensor, exponent: int) -> Tensor:
+def scale_by_power(x: Tensor, exponent: int) -> Tensor:
     """Return ``2^exponent x``, exactly where the type has it; in two steps, as the factor may not.
 
     Powers of two leave every digit of what is computed as it is.
@@ -58,4 +58,4 @@ def by_power(x: Tensor, exponent: int) -> Tensor:
 def length(M: Tensor) -> float:
     """Return the Frobenius norm ``|M|``, whatever the size of the entries."""
     exponent = far_exponent(M)
-    return math.ldexp(float(torch.linalg.vector_norm(by_power(M, -exponent))), exponent)
+    return math.ldexp(float(torch.linalg.vector_norm(scale_by_power(M, -exponent))), exponent)

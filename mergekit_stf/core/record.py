@@ -66,7 +66,7 @@ class Record:
     cosine: tuple[tuple[float, ...], ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
 
-    def shown(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what was computed, as plain data."""
         plain = Record()
         return {k: v for k, v in asdict(self).items() if v != getattr(plain, k)}

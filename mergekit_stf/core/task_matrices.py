@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_stf.core.features.decompose import decompose
 from mergekit_stf.core.features.features import Features, kept_rank
 from mergekit_stf.core.low_rank import LowRank, sum_of
-from mergekit_stf.core.pool import each, workers_for
+from mergekit_stf.core.pool import map_matrices, workers_for
 from mergekit_stf.core.precision import length
 
 PORTION = 2**14
@@ -109,7 +109,7 @@ class TaskMatrices:
             if self.factored or workers == 1:
                 found = list(map(work, self.read()))
             else:
-                found = each(work, self.read(), workers, self.device)
+                found = map_matrices(work, self.read(), workers, self.device)
             dtype = torch.float64 if self.factored else self.dtype
             self._features[rank, route] = tuple(f.to(dtype) for f in found)
         return self._features[rank, route]

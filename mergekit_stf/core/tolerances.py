@@ -19,24 +19,25 @@ HEAD = 3e-3
 SHORT = 0.03
 """Below ``SHORT * s_1`` an image of a float32 right vector is summed in float64."""
 
-APART = 0.01
-"""Angle, in radians, from which on turning leaves less than rounding does."""
+SMALL_ANGLE = 0.01
+"""Largest angle, in radians, after which a sweep of rotations leaves less than rounding does."""
 
-TURNS = 8
-"""Times that all pairs are turned at most; one to four reach ``APART``."""
+MAX_SWEEPS = 8
+"""Sweeps over all pairs before refinement gives up; one to four reach ``SMALL_ANGLE``."""
 
 EQUAL = 1e-6
-"""Lengths that differ by less, relative to the longest, are not turned apart: it would be noise.
-Three times the rounding in them: with 0 a steep spectrum of 768 is 5e-4 off instead of 6e-5, and
-turning takes eight rounds instead of one on six decades (measured)."""
+"""Pairs of singular values that differ by less, relative to the largest, are not rotated: their
+angle would be noise. It is three times the rounding in them: with 0 the merged matrix of a steep
+spectrum of 768 is 5e-4 off instead of 6e-5, and six decades take eight sweeps instead of one
+(measured)."""
 
 CLOSE = 1e-4
-"""Lengths that differ by less, relative to themselves, are told apart in float64 (see turning).
+"""Singular values that differ by less, relative to themselves, are separated in float64.
 Where gaps are random, 3e-5 lets the error of M rise from 1e-5 to 1e-3; 3e-4 halves it, and has
 float64 work on nine times as many vectors."""
 
-LARGEST_TURN = 0.8
-"""Sum of the angles by which one vector is turned at a time; more would not stay orthonormal."""
+LARGEST_ROTATION = 0.8
+"""Sum of the angles by which one sweep rotates a vector; after more it would not be orthonormal."""
 
 TAIL = 0.1
 """A float32 Gram matrix blurs triples below ``TAIL * s_1``; these are decomposed again, alone."""
@@ -46,7 +47,7 @@ ALONG = 0.02
 (measured: with 0.1 or with 0.002 instead the median error moves by a twentieth)."""
 
 FINE_TAIL = 0.2
-"""``TAIL`` where features are to be turned apart: so few stay mixed that two turns do."""
+"""``TAIL`` where refinement follows: it leaves so few vectors mixed that two sweeps do."""
 
 ROUGH_TAIL = 0.05
 """``TAIL`` where the checkpoints' own rounding hides more (``benchmarks/accuracy.py``)."""

@@ -59,7 +59,7 @@ def mergekit_yaml() -> list[str]:
     return [found] if found else [sys.executable, "-m", "mergekit.scripts.run_yaml"]
 
 
-def merge(root: Path, method: str) -> Path:
+def run_mergekit_yaml(root: Path, method: str) -> Path:
     """Merge ``recipes/METHOD.yml`` to ``merged/METHOD``, which appears whole or not at all.
 
     Raises:

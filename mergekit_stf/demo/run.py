@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.demo.corpus import Split
-from mergekit_stf.demo.merging import METHODS, merge, write_recipe
+from mergekit_stf.demo.merging import METHODS, run_mergekit_yaml, write_recipe
 from mergekit_stf.demo.models import build_models, load_model
 from mergekit_stf.demo.training import Advance, Settings, bits_per_byte, torch_threads
 
@@ -105,7 +105,7 @@ def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Res
         advance(method, 0)
         write_recipe(root, method, settings.kinds)
         with _timed(seconds, method):
-            paths[method] = merge(root, method)
+            paths[method] = run_mergekit_yaml(root, method)
         advance(method, MERGE_STEPS)
     results = Results(
         seed=seed,

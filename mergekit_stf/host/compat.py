@@ -54,12 +54,12 @@ __all__ = [
     "close_checkpoints",
     "computed_parameters",
     "convert_moe_packed_tensors",
+    "find_loader",
     "get_model_conversion_mapping",
     "host_architecture",
     "keep_open",
     "load_architecture_json",
     "no_init_weights",
-    "opened",
     "output_config",
     "rename_source_key",
     "replace_architecture_question",
@@ -106,7 +106,7 @@ def keep_open(model: ModelReference, loader: LazyTensorLoader) -> None:
     LoaderCache.loaders[model] = loader
 
 
-def opened(model: ModelReference) -> LazyTensorLoader | None:
+def find_loader(model: ModelReference) -> LazyTensorLoader | None:
     """Return the loader of a model that mergekit 0.1.5 has opened already, None if it has not."""
     return LoaderCache.loaders.get(model)
 

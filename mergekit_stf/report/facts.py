@@ -19,14 +19,14 @@ NORM_SPREAD = 3.0
 
 
 @dataclass(frozen=True)
-class Notice:
+class Remark:
     """A warning: one sentence that says what, and one that says what to do."""
 
     what: str
     advice: str
 
 
-NOTHING = Notice(
+NOTHING = Remark(
     "No weight of any model differs from the base, so nothing was merged.",
     "Check the paths in the recipe.",
 )
@@ -51,7 +51,7 @@ class Report:
     records: Sequence[Record]
     preservation: Sequence[Preservation] = ()
     labels: Sequence[str] = field(default=())
-    notices: Sequence[Notice] = field(default=())
+    notices: Sequence[Remark] = field(default=())
     output: str = ""
 
     @property
@@ -70,7 +70,7 @@ class Report:
         return _of(self.linear, common_models(self.records))
 
 
-def build(
+def build_report(
     title: str,
     recipe: str,
     records: Sequence[Record],
@@ -102,7 +102,7 @@ def _of(records: Sequence[Record], models: tuple[str, ...]) -> list[Record]:
     return [record for record in records if tuple(record.models) == models]
 
 
-def place(name: str) -> tuple[int | None, str]:
+def layer_and_kind(name: str) -> tuple[int | None, str]:
     """Return a weight's layer, the first number in its name, and its kind, the name without it.
 
     Example:
@@ -144,19 +144,19 @@ def strongest_cosine(record: Record) -> float | None:
     return max((abs(record.cosine[i][j]) for i, j in pairs), default=None)
 
 
-def _fault(fault: str) -> Notice:
-    return Notice(f"The output: {fault}.", "docs/safety.md says what is checked and what to do.")
+def _fault(fault: str) -> Remark:
+    return Remark(f"The output: {fault}.", "docs/safety.md says what is checked and what to do.")
 
 
 def _notices(
     merged: Sequence[Record], comparable: Sequence[Record], labels: Sequence[str]
-) -> Iterator[Notice]:
+) -> Iterator[Remark]:
     yield from _duplicates(comparable, labels)
     yield from _solves(merged)
     yield from _models(comparable, labels)
 
 
-def _duplicates(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Notice]:
+def _duplicates(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Remark]:
     pairs = Counter(
         pair
         for record in solved
@@ -164,45 +164,45 @@ def _duplicates(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Not
         if abs(record.cosine[pair[0]][pair[1]]) > NEAR_DUPLICATE
     )
     for (i, j), count in pairs.most_common():
-        yield Notice(
+        yield Remark(
             f"{labels[i]} and {labels[j]} changed {count} of {len(solved)} linear maps alike "
             f"(cosine beyond ±{NEAR_DUPLICATE}).",
             "They are near-duplicates or of one lineage: leave one of them out of the recipe.",
         )
 
 
-def _solves(solved: Sequence[Record]) -> Iterator[Notice]:
+def _solves(solved: Sequence[Record]) -> Iterator[Remark]:
     if unmet := [record for record in solved if record.converged is False]:
-        yield Notice(
+        yield Remark(
             f"The solve did not converge for {_some(unmet)}: residual up to "
             f"{max(record.residual or 0 for record in unmet):.1e}.",
             "Look for near-duplicate models, or set ridge: 0.01 for these weights.",
         )
     if damped := [record for record in solved if record.cutoff]:
-        yield Notice(
+        yield Remark(
             f"Tasks contradict each other in {_some(damped)}, and the solve was damped there.",
             "The merge is stable, but contradicting features are shared instead of exact.",
         )
     long = [r for r in solved if (r.norm_merged or 0) > BLOWN_UP * (r.norm_sum or 0) > 0]
     if long:
-        yield Notice(
+        yield Remark(
             f"{_some(long)} became more than {BLOWN_UP:g} × as long as the sum of the tasks.",
             "Tasks cancel each other there; a smaller lambda or a ridge tames it.",
         )
 
 
-def _models(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Notice]:
+def _models(solved: Sequence[Record], labels: Sequence[str]) -> Iterator[Remark]:
     totals = [sum(r.norms[i] ** 2 for r in solved) ** 0.5 for i in range(len(labels))]
     for label, total in zip(labels, totals, strict=True):
         if solved and total == 0:
-            yield Notice(
+            yield Remark(
                 f"{label} does not differ from the base in any linear map.",
                 "Check its path: it adds next to nothing to the merge.",
             )
     changed = [total for total in totals if total > 0]
     if changed and max(changed) > NORM_SPREAD * min(changed):
         large, small = (labels[totals.index(pick(changed))] for pick in (max, min))
-        yield Notice(
+        yield Remark(
             f"{large} changed the base {max(changed) / min(changed):.1f} × as much as {small}.",
             "It will dominate the merge: a smaller weight for it evens that out.",
         )

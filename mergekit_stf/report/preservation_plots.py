@@ -12,14 +12,14 @@ from matplotlib.ticker import MaxNLocator
 
 from mergekit_stf.host.diagnostics.preservation import Preservation
 from mergekit_stf.report.canvas import MANY_KINDS, MARKERS, Plot, draw, logarithmic
-from mergekit_stf.report.facts import place, without_common_start
+from mergekit_stf.report.facts import layer_and_kind, without_common_start
 
 
 def by_kind(measured: Sequence[Preservation]) -> dict[str, list[Preservation]]:
     """Group weights by kind, named without what all kinds' names start with."""
     kinds: dict[str, list[Preservation]] = {}
     for item in measured:
-        kinds.setdefault(place(item.name)[1], []).append(item)
+        kinds.setdefault(layer_and_kind(item.name)[1], []).append(item)
     return dict(zip(without_common_start(list(kinds)), kinds.values(), strict=True))
 
 
@@ -28,7 +28,7 @@ def methods_of(measured: Sequence[Preservation]) -> list[str]:
     return list(measured[0].error)
 
 
-def preservation_plots(measured: Sequence[Preservation]) -> Iterator[Plot]:
+def draw_preservation(measured: Sequence[Preservation]) -> Iterator[Plot]:
     """Yield the plots of what was measured of preservation, none where nothing was."""
     if not measured:
         return
@@ -70,7 +70,7 @@ def _dots(axes: Axes, colours: Sequence[str], means: dict[str, float]) -> None:
 def _layers(
     axes: Axes, colours: Sequence[str], items: Sequence[Preservation], methods: Sequence[str]
 ) -> None:
-    layers = [place(item.name)[0] or 0 for item in items]
+    layers = [layer_and_kind(item.name)[0] or 0 for item in items]
     order = sorted(range(len(items)), key=layers.__getitem__)
     for method, colour, marker in zip(methods, colours, MARKERS, strict=False):
         axes.plot(

@@ -12,10 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from mergekit_stf.core.features import spectrum_ranks
 from mergekit_stf.host.diagnostics.records import Record
 from mergekit_stf.report.canvas import MANY_KINDS, MARKERS, Plot, draw, logarithmic
-from mergekit_stf.report.facts import Report, mean_cosine, place, without_common_start
+from mergekit_stf.report.facts import Report, layer_and_kind, mean_cosine, without_common_start
 
 
-def heat_map(report: Report) -> Plot:
+def draw_heat_map(report: Report) -> Plot:
     """Draw the mean cosine of each pair of models."""
     cosine = mean_cosine(report.comparable)
     pairs = combinations(range(len(report.labels)), 2)
@@ -46,11 +46,11 @@ def _paint_heat(axes: Axes, cosine: list[list[float]], labels: Sequence[str]) ->
                 )  # fmt: skip
 
 
-def spectra(records: Sequence[Record]) -> Plot:
+def draw_spectra(records: Sequence[Record]) -> Plot:
     """Draw the median spectrum of each kind of weight."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
-        kinds.setdefault(place(record.name)[1], []).append(record)
+        kinds.setdefault(layer_and_kind(record.name)[1], []).append(record)
     curves = {kind: _median_spectrum(records) for kind, records in kinds.items()}
     names = without_common_start(list(curves))
     return draw(
@@ -94,7 +94,7 @@ def _paint_spectra(
         axes.legend(fontsize=7, frameon=False)
 
 
-def alpha(records: Sequence[Record]) -> Plot:
+def draw_alpha(records: Sequence[Record]) -> Plot:
     """Draw how far each weight's features were corrected."""
     low = min(record.alpha_ratio[0] for record in records)
     high = max(record.alpha_ratio[-1] for record in records)
@@ -122,7 +122,7 @@ def _paint_alpha(axes: Axes, colours: Sequence[str], records: Sequence[Record]) 
     axes.legend(fontsize=7, frameon=False)
 
 
-def seconds(records: Sequence[Record]) -> Plot:
+def draw_seconds(records: Sequence[Record]) -> Plot:
     """Draw the time that each weight took."""
     rules = sorted({record.rule for record in records})
     total = sum(record.seconds for record in records)
@@ -148,7 +148,7 @@ def _paint_seconds(
     axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
-def memory(records: Sequence[Record]) -> Iterator[Plot]:
+def draw_memory(records: Sequence[Record]) -> Iterator[Plot]:
     """Yield the plot of the memory that the merge took, where it is known."""
     series = {
         "process": [record.peak_rss or 0 for record in records],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_stf.report.facts import place
+from mergekit_stf.report.facts import layer_and_kind
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
@@ -15,7 +15,7 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     """
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(place(name)[1], []).append(name)
+        kinds.setdefault(layer_and_kind(name)[1], []).append(name)
     if not kinds or count >= len(names):
         return list(names)
     each = max(1, count // len(kinds))

@@ -8,13 +8,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.checkpoints.files import replacing, write_text
+from mergekit_stf.host.checkpoints.files import atomic_write, write_text
 from mergekit_stf.host.diagnostics.finished import Finished
-from mergekit_stf.host.diagnostics.preservation import Preservation, measure
-from mergekit_stf.host.run.network import offline
-from mergekit_stf.report.facts import build
+from mergekit_stf.host.diagnostics.preservation import Preservation, measure_preservation
+from mergekit_stf.host.run.network import stay_offline
+from mergekit_stf.report.facts import build_report
 from mergekit_stf.report.page import render
-from mergekit_stf.report.plots import plots
+from mergekit_stf.report.plots import draw_plots
 from mergekit_stf.report.sample import spread
 
 
@@ -38,17 +38,17 @@ def write_report(
     """
     finished = Finished(out)
     records = finished.records(diagnostics)
-    with offline():
+    with stay_offline():
         measured = _measure(finished, sample, device, quiet) if sample else []
         checked = finished.output_check()
-    report = build(finished.name, finished.text, records, measured, *checked)
-    sections = plots(report)
+    report = build_report(finished.name, finished.text, records, measured, *checked)
+    sections = draw_plots(report)
     output = output or out / "stf-report.html"
     figures = output.with_suffix("")
     try:
         figures.mkdir(parents=True, exist_ok=True)
         for plot in (plot for drawn in sections.values() for plot in drawn):
-            with replacing(figures / f"{plot.name}.png") as temporary:
+            with atomic_write(figures / f"{plot.name}.png") as temporary:
                 temporary.write_bytes(plot.light)
         write_text(output, render(report, sections))
     except OSError as error:
@@ -62,6 +62,6 @@ def _measure(finished: Finished, sample: int, device: str, quiet: bool) -> list[
     linear = [name for name, weight in weights.items() if weight.is_maps]
     chosen = spread(linear, sample)
     return [
-        measure(weights[name], finished.weight(name), device)
+        measure_preservation(weights[name], finished.weight(name), device)
         for name in tqdm(chosen, desc="Measuring preservation", unit="weight", disable=quiet)
     ]

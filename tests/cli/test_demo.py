@@ -231,7 +231,7 @@ def test_interrupt_says_what_is_complete_and_force_keeps_other_files(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     monkeypatch.setattr(demo.Settings, "tiny", lambda: SHORT)
-    monkeypatch.setattr(demo_run, "merge", stopped_while_merging)
+    monkeypatch.setattr(demo_run, "run_mergekit_yaml", stopped_while_merging)
     for _ in range(2):
         result = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick", "--force"])
         assert result.exit_code == INTERRUPTED
@@ -256,7 +256,7 @@ def test_force_replaces_nothing_that_no_demo_wrote(tmp_path: Path, name: str) ->
 def test_a_failed_merge_shows_what_mergekit_said(tmp_path: Path) -> None:
     demo_merging.write_recipe(tmp_path, "linear", ("absent",))
     with pytest.raises(STFError, match=r"mergekit-yaml.* ended with 1: .*absent"):
-        demo_merging.merge(tmp_path, "linear")
+        demo_merging.run_mergekit_yaml(tmp_path, "linear")
     assert not (tmp_path / "merged" / "linear").exists()
 
 

@@ -53,7 +53,7 @@ def test_a_misspelt_command_names_the_one_that_is_meant(word: str, expected: str
 def test_every_exception_is_one_line(
     error: Exception, code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught, errors.one_line():
+    with pytest.raises(SystemExit) as caught, errors.report_errors():
         raise error
     assert caught.value.code == code
     output = capsys.readouterr().err
@@ -69,20 +69,20 @@ def signal_self(number: int) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(number: int, code: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught, errors.one_line():
+    with pytest.raises(SystemExit) as caught, errors.report_errors():
         signal_self(number)
     assert caught.value.code == code
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_click_raises_is_left_to_click() -> None:
-    with pytest.raises(click.UsageError), errors.one_line():
+    with pytest.raises(click.UsageError), errors.report_errors():
         raise click.UsageError("x")
 
 
 def test_a_traceback_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGEKIT_STF_TRACEBACK", "1")
-    with pytest.raises(KeyError), errors.one_line():
+    with pytest.raises(KeyError), errors.report_errors():
         raise KeyError("x")
 
 
@@ -97,7 +97,7 @@ def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Out of a signal's handler an exception may fall into compiled code, which hides it."""
-    with pytest.raises(SystemExit) as caught, errors.one_line():
+    with pytest.raises(SystemExit) as caught, errors.report_errors():
         fail_after_a_signal()
     assert caught.value.code == 143
     assert capsys.readouterr().err == f"Interrupted. {errors.NOTHING}\n"

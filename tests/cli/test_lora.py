@@ -146,7 +146,7 @@ def test_output_describes_itself(config: Path, tmp_path: Path) -> None:
         text = (tmp_path / name / "README.md").read_text()
         assert f"library_name: {library}" in text
         assert "stf.lock.json" not in text
-        records = diagnostics.read(tmp_path / name / "stf-diagnostics.jsonl")
+        records = diagnostics.read_records(tmp_path / name / "stf-diagnostics.jsonl")
         assert records
         for record in records:
             assert len(record.models) == len(record.norms) == len(record.kept) == 2

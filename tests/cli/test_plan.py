@@ -12,16 +12,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mergekit_stf.cli.plan import duration
+from mergekit_stf.cli.plan import format_duration
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.core.pool import workspace
 from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.planning import calibrate, estimate
-from mergekit_stf.host.planning.calibrate import EXPONENT, Workload, measure, workload_of
+from mergekit_stf.host.planning.calibrate import EXPONENT, Workload, time_workloads, workload_of
 from mergekit_stf.host.planning.planned import plan_weights
-from mergekit_stf.host.planning.probe import probe
+from mergekit_stf.host.planning.probe import probe_models
 from mergekit_stf.host.plugin.options import MergeOptions
 from mergekit_stf.host.recipe.recipe import load_recipe
 from tests.cli.merges import run, tiny_models, write_recipe
@@ -184,11 +184,11 @@ def test_a_probe_says_what_dtype_rounds_off(models: Checkpoints, tmp_path: Path)
         tmp_path / "recipe.yml", Checkpoints(small.base, (tmp_path / "fine" / "tuned1",))
     )
     data = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    (exact,) = probe(plan_weights(load_recipe(recipe).config, MergeOptions())).models
+    (exact,) = probe_models(plan_weights(load_recipe(recipe).config, MergeOptions())).models
     assert exact.lost == 0
     recipe.write_text(yaml.safe_dump({**data, "dtype": "bfloat16"}), encoding="utf-8")
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
-    found = probe(weights)
+    found = probe_models(weights)
     assert "rounds off" in found.warnings[0]
     flat = {
         name: torch.cat(
@@ -226,21 +226,21 @@ def test_a_workload_is_measured_at_its_own_size_when_there_is_time(
 ) -> None:
     clock = Clock(monkeypatch, 1e-9, 2.5)
     whole = workload(sides=(512, 512))
-    assert measure([whole], CPU)[whole] == pytest.approx(clock.law(512))
+    assert time_workloads([whole], CPU)[whole] == pytest.approx(clock.law(512))
     assert clock.sides[-1] == 512
 
 
 def test_a_large_workload_is_scaled_up_by_the_cube(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, 1e-8, EXPONENT)
     large = workload(sides=(4096, 4096))
-    assert measure([large], CPU)[large] == pytest.approx(clock.law(4096))
+    assert time_workloads([large], CPU)[large] == pytest.approx(clock.law(4096))
     assert 256 <= max(clock.sides) < 1024
 
 
 def test_a_vector_is_scaled_up_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, 1e-4, 1.0)
     long = workload("sum", sides=(10**6, 1))
-    assert measure([long], CPU)[long] == pytest.approx(clock.law(10**6))
+    assert time_workloads([long], CPU)[long] == pytest.approx(clock.law(10**6))
     assert max(clock.sides) < 10**5
 
 
@@ -248,7 +248,7 @@ def test_a_vector_is_scaled_up_by_its_length(monkeypatch: pytest.MonkeyPatch) ->
 def test_calibration_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, unit: float) -> None:
     clock = Clock(monkeypatch, unit, EXPONENT)
     loads = [workload(sides=(side, side)) for side in (4096, 2048, 1024)]
-    found = measure(loads, CPU, budget=4.0)
+    found = time_workloads(loads, CPU, budget=4.0)
     assert found == pytest.approx({one: clock.law(one.sides[0]) for one in loads})
     least = 7 * clock.law(256)
     assert clock.now < 4.0 + least
@@ -257,7 +257,7 @@ def test_calibration_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch, unit: 
 def test_a_stack_costs_as_often_as_it_has_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, 1e-9, EXPONENT)
     stack = replace(workload(sides=(256, 256)), stack=8)
-    assert measure([stack], CPU)[stack] == pytest.approx(8 * clock.law(256))
+    assert time_workloads([stack], CPU)[stack] == pytest.approx(8 * clock.law(256))
 
 
 def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,9 +272,9 @@ def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyP
         estimate, "_file_seconds", lambda hashed, written, folder: hashed + 100.0 * written
     )
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
-    found = estimate.estimate(weights, MergeOptions(), recipe.parent)
-    assert found.by_weight == {weight.name: costs[weight.applied_rule] for weight in weights}
-    assert found.merging == sum(costs[weight.applied_rule] for weight in weights)
+    found = estimate.estimate_merge(weights, MergeOptions(), recipe.parent)
+    assert found.by_weight == {weight.name: costs[weight.resolved_rule] for weight in weights}
+    assert found.merging == sum(costs[weight.resolved_rule] for weight in weights)
     assert found.files == found.mapped + 100 * (found.store + found.output)
     assert found.seconds == found.merging + found.files + 7
     numel = {weight.name: weight.numel for weight in weights}
@@ -321,7 +321,7 @@ def test_workloads_join_what_costs_the_same(recipe: Path) -> None:
     ("seconds", "shown"), [(0.254, "0.25 s"), (42.4, "42 s"), (150, "2 min"), (9000, "2.5 h")]
 )
 def test_times_are_short(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
+    assert format_duration(seconds) == shown
 
 
 def test_a_pause_of_the_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_a_pause_of_the_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(calibrate, "merge_weight", paused)
     large = workload(sides=(512, 512))
-    assert measure([large], CPU)[large] == pytest.approx(clock.law(512))
+    assert time_workloads([large], CPU)[large] == pytest.approx(clock.law(512))
 
 
 @pytest.mark.parametrize(("rank", "small"), [(0.5, 0.5), (1.0, 1.0), (64.0, 16.0)])
@@ -342,7 +342,7 @@ def test_a_number_of_features_shrinks_with_the_side(
 ) -> None:
     jobs: list[WeightJob] = []
     monkeypatch.setattr(calibrate, "merge_weight", jobs.append)
-    measure([workload(sides=(1024, 512), rank=rank)], CPU, budget=0.0)
+    time_workloads([workload(sides=(1024, 512), rank=rank)], CPU, budget=0.0)
     assert {(job.base.shape, job.options["rank"]) for job in jobs} == {((256, 128), small)}
 
 

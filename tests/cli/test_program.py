@@ -99,7 +99,7 @@ def said(result: Result) -> str:
     [
         ("input_models", "{out} is as it was; run the same command again to start anew."),
         ("preflight", "{out} is as it was; run the same command again to start anew."),
-        ("card", "{out} is as it was; run the same command again to start anew."),
+        ("make_card", "{out} is as it was; run the same command again to start anew."),
         (
             "make_lock",
             "What is finished lies in {out}.stf-work/store; run the same command again to resume.",
@@ -123,7 +123,7 @@ def test_an_interruption_after_the_publishing_says_that_all_is_done(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    put = workspace.put
+    put = workspace.put_in_place
 
     def signalled(*arguments: Any) -> Path | None:
         signal.raise_signal(signal.SIGINT)
@@ -156,7 +156,7 @@ def test_an_interrupted_merge_of_adapters_says_what_is_kept(
     adapter = save_adapter(models.base, tmp_path / "adapter", 1, target_modules=["q_proj"])
     tuned = (Path(f"{models.base}+{adapter}"),)
     recipe = write_recipe(tmp_path / "recipe.yml", Checkpoints(models.base, tuned))
-    for name in ("plan_adapters", "write_model", "card"):
+    for name in ("plan_adapters", "write_model", "make_card"):
         with monkeypatch.context() as patch:
             interrupt(patch, adapter_run, name)
             line = said(run("lora", recipe, tmp_path / "out"))
@@ -172,11 +172,11 @@ def test_commands_that_only_read_leave_nothing(
     before = sorted(tmp_path.rglob("*"))
     for module, name, *arguments in (
         (plan, "load_recipe", "plan", recipe, "--out", out),
-        (plan, "estimate", "plan", recipe, "--out", out),
-        (verify, "differences", "verify", out),
+        (plan, "estimate_merge", "plan", recipe, "--out", out),
+        (verify, "find_differences", "verify", out),
         (merging, "make_lock", "verify", out, "--rebuild", "--scratch", tmp_path),
-        (write, "measure", "report", out),
-        (write, "plots", "report", out, "--sample", 0),
+        (write, "measure_preservation", "report", out),
+        (write, "draw_plots", "report", out, "--sample", 0),
     ):
         with monkeypatch.context() as patch:
             interrupt(patch, module, name)

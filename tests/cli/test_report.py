@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from mergekit_stf.core import superpose
 from mergekit_stf.host.diagnostics import finished
 from mergekit_stf.host.diagnostics.finished import Finished
-from mergekit_stf.host.diagnostics.preservation import RIVALS, Preservation, measure
+from mergekit_stf.host.diagnostics.preservation import RIVALS, Preservation, measure_preservation
 from mergekit_stf.host.diagnostics.records import Record
 from mergekit_stf.host.planning.planned import plan_weights
 from mergekit_stf.host.plugin.options import MergeOptions
 from mergekit_stf.host.recipe.recipe import load_recipe
-from mergekit_stf.report.facts import build, place, without_common_start
+from mergekit_stf.report.facts import build_report, layer_and_kind, without_common_start
 from mergekit_stf.report.page import render, significant
-from mergekit_stf.report.plots import plots
+from mergekit_stf.report.plots import draw_plots
 from mergekit_stf.report.sample import spread
 from tests.cli.browser import ask
 from tests.cli.merges import run, tiny_models, write_recipe
@@ -45,7 +45,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(merged: Path) -> Preservation:
     finished = Finished(merged)
     weight = next(w for w in finished.weights() if w.name == WEIGHT)
-    return measure(weight, finished.weight(WEIGHT))
+    return measure_preservation(weight, finished.weight(WEIGHT))
 
 
 def records(count: int = 6, **changes: object) -> list[Record]:
@@ -117,7 +117,7 @@ def test_of_bfloat16_checkpoints_only_storing_rounds(tmp_path: Path) -> None:
     finished = Finished(tmp_path / "out")
     weight = next(w for w in finished.weights() if w.name == WEIGHT)
     assert weight.out_dtype == torch.bfloat16
-    found = measure(weight, finished.weight(WEIGHT))
+    found = measure_preservation(weight, finished.weight(WEIGHT))
     assert found.error["stf"] < 1e-5 * found.mean_square
     for rival in RIVALS:
         assert found.error[rival] > 1e-2 * found.mean_square
@@ -146,7 +146,7 @@ def test_stacks_and_fused_projections_are_measured_matrix_by_matrix(
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
     weight = next(weight for weight in weights if weight.name.endswith(name))
     pieces = weight.pieces(torch.empty(weight.header.shape))
-    found = measure(weight)
+    found = measure_preservation(weight)
     assert len(pieces) == matrices
     kept = parameters.get("rank", 1.0)
     assert found.features == sum(3 * int(kept * min(piece.shape)) for piece in pieces)  # type: ignore[operator]
@@ -239,14 +239,14 @@ def test_names_are_escaped() -> None:
     evil = "<script>alert(1)</script>"
     made = [replace(record, models=(f"{evil} $x$", "_b")) for record in records()]
     made[0] = replace(made[0], name=f"layers.0.{evil}")
-    report = build(evil, f"base: {evil}", made, [])
-    page = render(report, plots(report))
+    report = build_report(evil, f"base: {evil}", made, [])
+    page = render(report, draw_plots(report))
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
 
 
 def test_no_warning_without_a_reason() -> None:
-    assert build("m", "", records(), []).notices == []
+    assert build_report("m", "", records(), []).notices == []
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_no_warning_without_a_reason() -> None:
     ],
 )
 def test_warnings_come_first(changes: dict[str, object], expected: str) -> None:
-    report = build("m", "", records(**changes), [])
+    report = build_report("m", "", records(**changes), [])
     assert any(expected in notice.what for notice in report.notices)
     page = render(report, {"cost": []})
     assert page.index(expected) < page.index('class="tiles"')
@@ -269,24 +269,28 @@ def test_warnings_come_first(changes: dict[str, object], expected: str) -> None:
 
 def test_a_report_without_solves_has_its_table() -> None:
     plain = Record(name="a.bias", rule="sum", models=("x",), seconds=0.0)
-    report = build("m", "", [plain], [])
-    assert "a.bias" in render(report, plots(report))
+    report = build_report("m", "", [plain], [])
+    assert "a.bias" in render(report, draw_plots(report))
 
 
 def test_a_method_without_a_defined_error_is_drawn_without_it() -> None:
     error = {"stf": 0.0, "linear": float("nan"), "task_arithmetic": 0.1, "ties": 0.2}
     found = Preservation("model.layers.0.mlp.up_proj.weight", "stf", 12, 1.0, error)
-    report = build("m", "", records(1), [found])
-    assert "preservation" in plots(report)
-    assert "<td>nan</td>" in render(report, plots(report))
+    report = build_report("m", "", records(1), [found])
+    assert "preservation" in draw_plots(report)
+    assert "<td>nan</td>" in render(report, draw_plots(report))
 
 
 def test_a_sample_holds_every_kind_and_both_ends() -> None:
     names = [f"layers.{n}.{kind}.weight" for n in range(40) for kind in ("q", "k", "up")]
     chosen = spread(names, 12)
     assert len(chosen) == 12
-    assert {place(name)[1] for name in chosen} == {"layers.*.q", "layers.*.k", "layers.*.up"}
-    assert {0, 39} <= {place(name)[0] for name in chosen}
+    assert {layer_and_kind(name)[1] for name in chosen} == {
+        "layers.*.q",
+        "layers.*.k",
+        "layers.*.up",
+    }
+    assert {0, 39} <= {layer_and_kind(name)[0] for name in chosen}
     assert spread(names, 1000) == names
     assert len(spread(names, 1)) == 3
 
@@ -295,8 +299,8 @@ def test_names_are_shortened_to_what_differs() -> None:
     kinds = ["model.layers.*.mlp.up", "model.layers.*.mlp.down", "model.layers.*.attn.q"]
     assert without_common_start(kinds) == ["mlp.up", "mlp.down", "attn.q"]
     assert without_common_start(["a.b"]) == ["a.b"]
-    assert place("h.0.attn.c_attn.weight") == (0, "h.*.attn.c_attn")
-    assert place("classifier.weight") == (None, "classifier")
+    assert layer_and_kind("h.0.attn.c_attn.weight") == (0, "h.*.attn.c_attn")
+    assert layer_and_kind("classifier.weight") == (None, "classifier")
 
 
 @pytest.mark.parametrize(
@@ -396,10 +400,10 @@ def test_a_report_of_a_merge_in_which_nothing_differs(
 def test_weights_of_one_merge_may_come_from_different_models() -> None:
     others = [replace(record, models=("/m/c", "/m/d")) for record in records(2)]
     three = [replace(record, models=("/m/a", "/m/b", "/m/c"), routes=()) for record in others]
-    report = build("out", "", [*others, *records(3), *three], [])
+    report = build_report("out", "", [*others, *records(3), *three], [])
     assert list(report.labels) == ["1 a", "2 b"]
     assert [record.models for record in report.comparable] == [("/m/a", "/m/b")] * 3
-    assert "interference" in plots(report)
+    assert "interference" in draw_plots(report)
 
 
 def test_a_folder_from_elsewhere_runs_no_code_and_asks_no_hub(

@@ -14,7 +14,7 @@ from mergekit_stf.core import Merged, STFError, TaskMatrices
 from mergekit_stf.core.methods.stf import SuperposeFeatures
 from mergekit_stf.host.provenance import digests as digests_module
 from mergekit_stf.host.provenance.lock import read_lock
-from mergekit_stf.host.recipe.grid import parse_values, points, replaced
+from mergekit_stf.host.recipe.grid import find_overrides, grid_points, parse_values
 from mergekit_stf.host.recipe.recipe import load_recipe
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.host.models import Checkpoints
@@ -78,13 +78,13 @@ def test_an_input_is_hashed_once(
     recipe: Path, models: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
-    pieces = digests_module.pieces
+    pieces = digests_module.read_chunks
 
     def counted(path: Path) -> Iterator[memoryview]:
         hashed.append(path)
         return pieces(path)
 
-    monkeypatch.setattr(digests_module, "pieces", counted)
+    monkeypatch.setattr(digests_module, "read_chunks", counted)
     out = tmp_path / "out"
     assert run("sweep", recipe, out, "--lambda", "0.4,0.6,0.8", "--quiet").exit_code == 0
     assert len(hashed) == len(set(hashed)) > 4
@@ -251,11 +251,11 @@ def test_too_many_values_are_refused() -> None:
 
 def test_a_value_out_of_range_names_the_point(recipe: Path) -> None:
     with pytest.raises(STFError, match=r"with density 1.5: .*at most 1"):
-        points(load_recipe(recipe), {"density": (0.5, 1.5)})
+        grid_points(load_recipe(recipe), {"density": (0.5, 1.5)})
 
 
 def test_lambda_varies_fastest(recipe: Path) -> None:
-    grid = points(load_recipe(recipe), {"lambda": (1.0, 2.0), "rank": (0.5, 1.0)})
+    grid = grid_points(load_recipe(recipe), {"lambda": (1.0, 2.0), "rank": (0.5, 1.0)})
     names = [point.name for point in grid]
     assert names == [f"rank-{r}_lambda-{x}" for r in ("0.5", "1") for x in ("1", "2")]
 
@@ -266,8 +266,8 @@ def test_settings_of_single_models_are_replaced_aloud(recipe: Path, tmp_path: Pa
     data["parameters"]["lambda"] = [0.2, 1.0]
     recipe.write_text(yaml.safe_dump(data), encoding="utf-8")
     loaded = load_recipe(recipe)
-    assert replaced(loaded, ["density", "lambda", "rank"]) == ["density", "lambda"]
-    (point,) = points(loaded, {"density": (0.7,)})
+    assert find_overrides(loaded, ["density", "lambda", "rank"]) == ["density", "lambda"]
+    (point,) = grid_points(loaded, {"density": (0.7,)})
     config = point.recipe.config
     assert config.models[0].parameters == {"weight": 0.3}
     assert config.parameters["density"] == 0.7

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from mergekit_stf.cli.common.terminal import Guarded, echo, echo_json, guarded
+from mergekit_stf.cli.common.terminal import EscapingStream, echo, echo_json, escape_streams
 from tests import processes
 from tests.cli.merges import run, tiny_models, write_recipe
 from tests.environments import ROOT
@@ -193,9 +193,9 @@ def test_json_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(said) == {"text": HOSTILE, "number": None}
 
 
-def stream(encoding: str = "utf-8") -> tuple[Guarded, Callable[[], str]]:
+def stream(encoding: str = "utf-8") -> tuple[EscapingStream, Callable[[], str]]:
     inner = io.TextIOWrapper(io.BytesIO(), encoding, newline="", write_through=True)
-    return Guarded(inner), lambda: inner.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    return EscapingStream(inner), lambda: inner.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
 
 def test_the_log_of_the_host_is_escaped() -> None:
@@ -230,11 +230,11 @@ def test_what_an_encoding_lacks_is_escaped_too(encoding: str) -> None:
 
 def test_the_streams_come_back() -> None:
     before = sys.stdout, sys.stderr
-    with guarded():
+    with escape_streams():
         assert (sys.stdout, sys.stderr) != before
         assert sys.stdout.isatty() is before[0].isatty()
     assert (sys.stdout, sys.stderr) == before
-    with pytest.raises(ZeroDivisionError), guarded():
+    with pytest.raises(ZeroDivisionError), escape_streams():
         raise ZeroDivisionError
     assert (sys.stdout, sys.stderr) == before
 

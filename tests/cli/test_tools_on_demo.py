@@ -14,7 +14,7 @@ import pytest
 from mergekit_stf.demo.models import build_models
 from mergekit_stf.demo.training import Settings
 from mergekit_stf.host.diagnostics.finished import Finished
-from mergekit_stf.host.diagnostics.preservation import RIVALS, measure
+from mergekit_stf.host.diagnostics.preservation import RIVALS, measure_preservation
 from tests.cli.merges import run, write_recipe
 from tests.host.models import Checkpoints
 
@@ -36,7 +36,7 @@ def test_plan_merge_report_sweep_and_verify(tmp_path: Path) -> None:
     assert run("merge", recipe, out, "--quiet").exit_code == 0
     finished = Finished(out)
     superposed = [weight for weight in finished.weights() if weight.rule == "superpose"]
-    measured = [measure(weight, finished.weight(weight.name)) for weight in superposed]
+    measured = [measure_preservation(weight, finished.weight(weight.name)) for weight in superposed]
     assert all(found.error["stf"] < 1e-5 * found.mean_square for found in measured)
     assert all(found.error[r] > 1e-2 * found.mean_square for found in measured for r in RIVALS)
 

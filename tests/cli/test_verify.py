@@ -19,7 +19,7 @@ from mergekit_stf.cli.main import main
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.provenance.conditions import NOT_RECORDED, Options
 from mergekit_stf.host.provenance.lock import read_lock, text_digest
-from mergekit_stf.host.run.network import offline
+from mergekit_stf.host.run.network import stay_offline
 from tests.host.models import save_family
 
 
@@ -385,7 +385,7 @@ def test_a_rebuild_takes_hub_models_from_the_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     shutil.rmtree(root / "out")
-    with offline():
+    with stay_offline():
         done = CliRunner().invoke(main, ["merge", "recipe.yml", "out"])
     assert done.exit_code == 0, done.output
     done = verify("--rebuild")

@@ -142,7 +142,7 @@ def test_exact_routes_wait_for_their_turn_and_shortcuts_do_not(monkeypatch, rank
         taken.append(M)
         return nullcontext()
 
-    monkeypatch.setattr(sys.modules[choose_route.__module__], "alone", turn)
+    monkeypatch.setattr(sys.modules[choose_route.__module__], "lock_if_large", turn)
     s = (1 + torch.arange(280.0)) ** -1.5
     decompose(matrix(300, 280) * s, rank)
     assert len(taken) == turns

@@ -57,8 +57,8 @@ def test_same_bytes_again():
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
 def test_both_products_read_their_matrix_by_rows(shape, monkeypatch):
     """A wide matrix comes as a transposed view."""
-    reads, applied = [], krylov._applied
-    monkeypatch.setattr(krylov, "_applied", lambda *x: reads.append(x[0]) or applied(*x))
+    reads, applied = [], krylov._apply
+    monkeypatch.setattr(krylov, "_apply", lambda *x: reads.append(x[0]) or applied(*x))
     M = decaying(400, 300, 1)
     assert decompose(M if shape == M.shape else M.mT.contiguous(), 30).route == "krylov"
     assert {tuple(A.shape) for A in reads} == {(400, 300), (300, 400)}
@@ -68,7 +68,7 @@ def test_both_products_read_their_matrix_by_rows(shape, monkeypatch):
 def test_a_large_matrix_is_read_a_few_times_for_a_few_features(monkeypatch):
     """Blocks of two columns, a sixteenth of the features, would read it thirty times and more."""
     M, reads = decaying(1024, 1024, 4), []
-    applied = krylov._applied
-    monkeypatch.setattr(krylov, "_applied", lambda *x: reads.append(x) or applied(*x))
+    applied = krylov._apply
+    monkeypatch.setattr(krylov, "_apply", lambda *x: reads.append(x) or applied(*x))
     assert leading(M, 20).rank == 20
     assert len(reads) <= 16

@@ -46,7 +46,7 @@ def test_svd_of_factors_is_the_svd_of_their_product(m: int, n: int, r: int) -> N
 
 def test_features_without_the_numerically_zero_ones() -> None:
     low = matrix(1)
-    doubled = sum_of([low, low.scaled(2.0)])
+    doubled = sum_of([low, low.times(2.0)])
     features = factored_features(doubled)
     assert doubled.rank == 8
     assert features.rank == 4

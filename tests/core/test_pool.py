@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_stf.core import TaskMatrices, pool
-from mergekit_stf.core.pool import each, workers_for
+from mergekit_stf.core.pool import map_matrices, workers_for
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def matrices(count, n=8):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_results_come_in_order(count, workers):
-    found = each(lambda M: float(M[0, 0]), matrices(count), workers, CPU)
+    found = map_matrices(lambda M: float(M[0, 0]), matrices(count), workers, CPU)
     assert found == list(map(float, range(count)))
     assert torch.get_num_threads() == 4
 
@@ -40,7 +40,7 @@ def test_workers_share_the_cores():
         together.wait()
         return torch.get_num_threads()
 
-    assert each(work, matrices(2), 2, CPU) == [2, 2]
+    assert map_matrices(work, matrices(2), 2, CPU) == [2, 2]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -57,7 +57,7 @@ def test_matrices_are_taken_when_a_worker_is_free_and_given_back(workers):
     def work(M):
         most.append(len(alive))
 
-    each(work, source(), workers, CPU)
+    map_matrices(work, source(), workers, CPU)
     assert max(most) <= workers + 1  # the thread of a finished one may not have let go of it yet
 
 
@@ -69,12 +69,12 @@ def test_an_error_waits_for_what_is_running_and_restores_the_cores():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        each(done.append, source(), 4, CPU)
+        map_matrices(done.append, source(), 4, CPU)
     assert len(done) == 3
     assert torch.get_num_threads() == 4
     with pytest.raises(RuntimeError, match="broken"):
-        each(lambda M: M.broken(), [type("M", (), {"broken": broken})()], 2, CPU)
-    assert each(torch.sum, matrices(2), 2, CPU) == [torch.tensor(0.0), torch.tensor(64.0)]
+        map_matrices(lambda M: M.broken(), [type("M", (), {"broken": broken})()], 2, CPU)
+    assert map_matrices(torch.sum, matrices(2), 2, CPU) == [torch.tensor(0.0), torch.tensor(64.0)]
 
 
 def broken(self):
@@ -83,13 +83,13 @@ def broken(self):
 
 def test_work_within_work_waits_for_no_one():
     def work(M):
-        return each(torch.sum, matrices(2), 2, CPU)[1]
+        return map_matrices(torch.sum, matrices(2), 2, CPU)[1]
 
-    assert each(work, matrices(2), 2, CPU) == [torch.tensor(64.0)] * 2
+    assert map_matrices(work, matrices(2), 2, CPU) == [torch.tensor(64.0)] * 2
 
 
 def test_workers_record_no_gradients():
-    assert not any(each(lambda M: torch.is_grad_enabled(), matrices(4), 2, CPU))
+    assert not any(map_matrices(lambda M: torch.is_grad_enabled(), matrices(4), 2, CPU))
 
 
 def test_there_are_as_many_workers_as_cores_and_memory_allow(monkeypatch):
@@ -163,7 +163,7 @@ class Card:
         return float(M[0, 0])
 
     def each(self, work, source, workers=pool.STREAMS):
-        return each(work, source, workers, torch.device("cuda", 0))
+        return map_matrices(work, source, workers, torch.device("cuda", 0))
 
 
 @pytest.fixture
@@ -214,8 +214,8 @@ def test_large_exact_decompositions_of_a_card_have_it_alone(side, held):
         shape = (2 * side, side)
         device = torch.device("cuda", 0)
 
-    with pool.alone(OnCard()):
+    with pool.lock_if_large(OnCard()):
         assert pool._large.locked() is held
     assert not pool._large.locked()
     OnCard.is_cuda = False
-    assert isinstance(pool.alone(OnCard()), nullcontext)
+    assert isinstance(pool.lock_if_large(OnCard()), nullcontext)

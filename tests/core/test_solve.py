@@ -9,8 +9,8 @@ import torch
 
 from mergekit_stf.core import decompose, solve, superpose
 from mergekit_stf.core.features import combine
-from mergekit_stf.core.solve.gram import Blocks, Products, Whole, blocks_size, gram
-from mergekit_stf.core.solve.lanczos import damped_inverse, damping
+from mergekit_stf.core.solve.gram import Blocks, Products, Whole, blocks_size, choose_gram
+from mergekit_stf.core.solve.lanczos import choose_cutoff, filter_inverse
 from mergekit_stf.core.tolerances import CUTOFF, ILL_POSED, WELL_POSED
 
 NOISE = torch.logspace(-8, -1, 9).tolist()
@@ -46,8 +46,8 @@ def test_few_tasks_take_blocks_and_many_take_products(monkeypatch):
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "FEW", 0)
     few = [decompose(draw(i, 40)) for i in range(3)]
     many = [decompose(draw(i, 40)) for i in range(40)]
-    assert isinstance(gram(few), Blocks)
-    assert isinstance(gram(many), Products)
+    assert isinstance(choose_gram(few), Blocks)
+    assert isinstance(choose_gram(many), Products)
 
 
 @pytest.mark.parametrize(("tasks", "blocks"), [(2, True), (3, True), (4, False)])
@@ -56,7 +56,7 @@ def test_blocks_take_as_much_room_as_the_task_matrices(monkeypatch, tasks, block
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "ROOM", 0)
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "FEW", 0)
     features = [decompose(draw(i, 40)) for i in range(tasks)]
-    assert isinstance(gram(features), Blocks) is blocks
+    assert isinstance(choose_gram(features), Blocks) is blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -65,15 +65,15 @@ def test_and_some_more(monkeypatch, dtype):
     size = 40 * 40 * dtype.itemsize
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "FEW", 0)
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "ROOM", 9 * size)
-    assert isinstance(gram(features), Blocks)
+    assert isinstance(choose_gram(features), Blocks)
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "ROOM", 9 * size - 1)
-    assert isinstance(gram(features), Products)
+    assert isinstance(choose_gram(features), Products)
 
 
 @pytest.mark.parametrize("tasks", [1, 3, 9, 40])
 def test_the_size_of_the_blocks_is_foretold(tasks, monkeypatch):
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "FEW", 0)
-    operator = gram([decompose(draw(i, 40, 32)) for i in range(tasks)])
+    operator = choose_gram([decompose(draw(i, 40, 32)) for i in range(tasks)])
     blocks = getattr(operator, "blocks", [])
     assert blocks_size(40, 32, tasks) == sum(block.nbytes for _, _, block in blocks)
     assert bool(blocks) is (tasks in (3, 9))
@@ -84,7 +84,7 @@ def test_memory_of_the_solve_is_linear_in_the_number_of_tasks(monkeypatch):
     monkeypatch.setattr(sys.modules["mergekit_stf.core.solve.gram"], "FEW", 0)
     sizes = {}
     for tasks in (4, 32, 64):
-        operator = gram([decompose(draw(i, 32)) for i in range(tasks)])
+        operator = choose_gram([decompose(draw(i, 32)) for i in range(tasks)])
         blocks = getattr(operator, "blocks", [])
         sizes[tasks] = sum(block.numel() for _, _, block in blocks)
     assert all(size <= tasks * 32 * 32 * 2 for tasks, size in sizes.items())
@@ -169,18 +169,18 @@ def test_the_answer_is_continuous_in_the_noise(n, third):
 
 def test_the_cut_off_is_continuous_and_rises():
     energies = torch.linspace(0, 6, 2001).tolist()
-    cutoffs = [damping(energy) for energy in energies]
-    assert damping(WELL_POSED) == 0
-    assert damping(ILL_POSED) == CUTOFF
+    cutoffs = [choose_cutoff(energy) for energy in energies]
+    assert choose_cutoff(WELL_POSED) == 0
+    assert choose_cutoff(ILL_POSED) == CUTOFF
     assert cutoffs == sorted(cutoffs)
     assert max(b - a for a, b in pairwise(cutoffs)) < 2e-3
 
 
 def test_the_damped_inverse_is_exact_above_the_cut_off():
     x = torch.tensor([1.0, 2.0, 64.0], dtype=torch.float64)
-    torch.testing.assert_close(damped_inverse(x, CUTOFF), 1 / x, rtol=1e-12, atol=0)
+    torch.testing.assert_close(filter_inverse(x, CUTOFF), 1 / x, rtol=1e-12, atol=0)
     small = torch.tensor([0.0, 1e-12, 1e-3], dtype=torch.float64)
-    assert float(damped_inverse(small, CUTOFF).abs().max()) < 1e-6
+    assert float(filter_inverse(small, CUTOFF).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("n", [64, 256])

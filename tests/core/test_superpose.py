@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mergekit_stf.core import decompose, precision, superpose, trim
-from mergekit_stf.core.features import routes, turning
+from mergekit_stf.core.features import refinement, routes
 from mergekit_stf.core.features.decompose import ROUTES
 from tests.core.cases import (
     BOUND,
@@ -263,9 +263,9 @@ def test_the_refined_route_undoes_what_an_eigensolver_mixes(shape, seed, monkeyp
         return original(gram + size * (noise + noise.mT) / 2)
 
     original, inputs = routes.eigen, matrices(shape, 3, seed)
-    monkeypatch.setattr(turning, "eigen", mixing)
+    monkeypatch.setattr(refinement, "eigen", mixing)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
-    monkeypatch.setattr(turning, "TURNS", 0)
+    monkeypatch.setattr(refinement, "MAX_SWEEPS", 0)
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
 
 
@@ -290,7 +290,7 @@ def test_close_features_are_told_apart_without_float64(gap, shape, monkeypatch):
     inputs = [with_close_runs(seed, gap, shape) for seed in range(3)]
     assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) <= 1e-5
     if gap <= 1e-5:
-        monkeypatch.setattr(turning, "CLOSE", 0.0)
+        monkeypatch.setattr(refinement, "CLOSE", 0.0)
         assert distance(superpose(inputs, route="gram_refined").M, expected(inputs)) > 2e-5
 
 
@@ -299,8 +299,8 @@ def test_close_features_are_not_turned_by_noise(gap):
     """A turn by noise would be one of up to half a radian, after which nothing settles."""
     M = with_close_runs(0, gap)
     Vh = torch.linalg.svd(M, full_matrices=False).Vh
-    _, largest = turning.turned(turning.images(M, Vh), Vh)
-    assert largest <= turning.APART
+    _, largest = refinement.rotate_pairs(refinement.form_images(M, Vh), Vh)
+    assert largest <= refinement.SMALL_ANGLE
 
 
 def mixed_within(runs, Vh):
@@ -328,9 +328,9 @@ def test_runs_of_close_features_are_told_apart_batch_by_batch(most, at_a_time, m
     mixed = mixed_within(CLOSE, exact)
     image, Vh = (mixed @ M.double().mT).float(), mixed.float()
     monkeypatch.setattr(torch.linalg, "qr", counted)
-    monkeypatch.setattr(turning, "MOST", most)
-    monkeypatch.setattr(turning, "CLOSE", 2e-5)
-    turning.tell_apart(M, image, Vh)
+    monkeypatch.setattr(refinement, "MOST", most)
+    monkeypatch.setattr(refinement, "CLOSE", 2e-5)
+    refinement.separate_close(M, image, Vh)
     assert rows == at_a_time
     found = torch.tensor([k for run in CLOSE if len(run) <= most for k in run], dtype=torch.long)
     others = torch.ones(256, dtype=torch.bool).index_fill(0, found, False)
@@ -347,7 +347,7 @@ def test_noise_is_not_told_apart():
     Vh = torch.eye(4)
     Vh[2:, 2:] = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
     before = Vh.clone()
-    turning.tell_apart(M, Vh @ M.mT, Vh)
+    refinement.separate_close(M, Vh @ M.mT, Vh)
     assert torch.equal(Vh, before)
 
 
@@ -372,9 +372,9 @@ def test_short_images_are_not_drowned_by_long_ones():
     Vh = V.mT.float().contiguous()
     exact = Vh.double() @ M.double().mT
     length = torch.linalg.vector_norm(exact, dim=1)
-    short = length < turning.SHORT * length.max()
+    short = length < refinement.SHORT * length.max()
     with InOrder():
-        found, plain = turning.images(M, Vh), Vh @ M.mT
+        found, plain = refinement.form_images(M, Vh), Vh @ M.mT
     error, before = (torch.linalg.vector_norm(x - exact, dim=1) for x in (found, plain))
     assert 10 < int(short.sum()) < 40
     assert float(error[short].mean() / before[short].mean()) <= 0.6

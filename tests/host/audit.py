@@ -62,7 +62,7 @@ def source(name: str, before: dict[str, list[object]]) -> str:
 def rows() -> Iterator[str]:
     """Yield a line of the table per class and variant."""
     raw = mergekit.architecture.json_definitions._load_all_architectures()[1]
-    architectures.register()
+    architectures.register_tables()
     for label in AUDITED:
         name, _, variant = label.partition(":")
         count = len(weights_of(meta_model(label)))

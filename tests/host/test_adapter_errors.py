@@ -18,7 +18,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters import patterns as adapter_patterns
 from mergekit_stf.host.adapters.read import read_adapter
 from mergekit_stf.host.recipe.recipe import check_recipe
-from mergekit_stf.host.run.merge import merge
+from mergekit_stf.host.run.merge import merge_recipe
 from tests.host import peft_adapters as made
 from tests.host.models import llama, mixtral, save_model
 from tests.host.test_adapters import merged
@@ -153,7 +153,7 @@ def test_full_copies_are_refused_alike(base: Path, adapter: Path, tmp_path: Path
     ):
         configure(adapter, **settings)
         with pytest.raises(STFError, match=words):
-            merge(recipe, tmp_path / "out", MergeOptions(quiet=True))
+            merge_recipe(recipe, tmp_path / "out", MergeOptions(quiet=True))
         assert not (tmp_path / "out").exists()
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mergekit_stf.cli.plan import make_plan
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.adapters.names import Known, resolve
+from mergekit_stf.host.adapters.names import KnownWeights, resolve
 from mergekit_stf.host.recipe.recipe import check_recipe
-from mergekit_stf.host.run.merge import merge
+from mergekit_stf.host.run.merge import merge_recipe
 from tests.host import merging
 from tests.host import peft_adapters as made
 from tests.host.models import TEXT, gpt2, llama, save_model, t5
@@ -97,7 +97,7 @@ def by_lora(base: Path, adapter: Path, out: Path) -> None:
 
 
 def by_merge(base: Path, adapter: Path, out: Path) -> None:
-    merge(recipe(base, adapter), out, QUIET)
+    merge_recipe(recipe(base, adapter), out, QUIET)
 
 
 def by_plan(base: Path, adapter: Path, out: Path) -> None:
@@ -264,17 +264,17 @@ def test_ranks_and_scales_of_modules_survive_other_names(tmp_path: Path) -> None
 def test_directory_of_copies_is_used_again(multimodal: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = multimodal
     options = QUIET.model_copy(update={"lora_merge_cache": str(tmp_path / "cache")})
-    merge(recipe(base, adapter), tmp_path / "one", options)
+    merge_recipe(recipe(base, adapter), tmp_path / "one", options)
     (copy,) = (tmp_path / "cache").iterdir()
     before = copy.stat().st_mtime_ns
-    merge(recipe(base, adapter), tmp_path / "two", options)
+    merge_recipe(recipe(base, adapter), tmp_path / "two", options)
     assert [path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()] == [before]
     assert_text_is_changed(base, adapter, tmp_path / "two")
 
 
-def known(**shapes: tuple[int, ...]) -> Known:
+def known(**shapes: tuple[int, ...]) -> KnownWeights:
     names = {name.replace("_", "."): shape for name, shape in shapes.items()}
-    return Known(names, {name: name for name in names}, None)
+    return KnownWeights(names, {name: name for name in names}, None)
 
 
 def test_prefixes_that_are_not_safe_are_not_taken() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.architectures import coverage
 from mergekit_stf.host.diagnostics import records as diagnostics
-from mergekit_stf.host.diagnostics.notices import near_duplicates
+from mergekit_stf.host.diagnostics.notices import find_near_duplicates
 from mergekit_stf.host.lora import model as adapter_model
 from mergekit_stf.host.lora.adapter_file import total_error
 from mergekit_stf.host.lora.ahead import Ahead
@@ -395,8 +395,8 @@ def test_contradicting_adapters_are_damped_and_named(
     merged(content, tmp_path / "native")
     expected = full_route(llama_base, [first, noisy], tmp_path / "full")
     assert_equal(made.tensors(tmp_path / "native"), expected, 1e-5)
-    records = diagnostics.read(tmp_path / "native" / diagnostics.FILE_NAME)
-    damped = [set(near_duplicates(record)) for record in records if record.cutoff]
+    records = diagnostics.read_records(tmp_path / "native" / diagnostics.FILE_NAME)
+    damped = [set(find_near_duplicates(record)) for record in records if record.cutoff]
     assert damped
     assert all(pairs == {(str(first), str(noisy))} for pairs in damped)
     assert f"{len(damped)} weights were ill-posed and damped: {first} and {noisy}" in caplog.text

@@ -114,7 +114,7 @@ def test_a_head_that_files_hold_beside_the_embedding_is_merged(
 
 @pytest.mark.parametrize("label", AUDITED)
 def test_the_list_for_one_model_names_nothing_that_it_lacks(label: str) -> None:
-    architectures.register()
+    architectures.register_tables()
     config = configuration(label)
     for table in NAME_TO_ARCH.get(label.split(":")[0], []):
         if any(isinstance(m.architecture, OURS) for m in table.modules.values()):
@@ -125,7 +125,7 @@ def test_the_list_for_one_model_names_nothing_that_it_lacks(label: str) -> None:
 def test_a_model_that_cannot_be_built_keeps_its_whole_list(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    architectures.register()
+    architectures.register_tables()
     config = configuration("LlamaForCausalLM")
     config.pad_token_id = config.vocab_size + 1
     (table,) = NAME_TO_ARCH["LlamaForCausalLM"]
@@ -160,14 +160,14 @@ def test_page_of_architectures_is_up_to_date() -> None:
 
 
 def test_second_registration_changes_nothing() -> None:
-    architectures.register()
+    architectures.register_tables()
     before = (list(JSON_ARCHITECTURES), {name: list(found) for name, found in NAME_TO_ARCH.items()})
-    architectures.register()
+    architectures.register_tables()
     assert (list(JSON_ARCHITECTURES), dict(NAME_TO_ARCH)) == before
 
 
 def test_table_of_another_type_of_model_stays() -> None:
-    architectures.register()
+    architectures.register_tables()
     kinds = [table.expected_model_type for table in NAME_TO_ARCH["PhiForCausalLM"]]
     assert sorted(kinds) == ["phi", "phi-msft"]
 

@@ -178,5 +178,5 @@ def test_fused_experts_are_not_taken_for_absent(tmp_path: Path) -> None:
 
 
 def test_guard_leaves_weights_and_plain_tensors_alone() -> None:
-    coverage.guard("stf", [0, 1], 0, "default.slices[0]")
-    coverage.guard("stf", ["no", "models"], "no", "model.norm.weight")
+    coverage.guard_planning("stf", [0, 1], 0, "default.slices[0]")
+    coverage.guard_planning("stf", ["no", "models"], "no", "model.norm.weight")

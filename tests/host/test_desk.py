@@ -33,7 +33,7 @@ def test_a_record_and_its_warning_come_from_the_store_too(
             desk = Desk(Store(tmp_path / "store"), recorder)
             desk.run(job)
         assert desk.notices.summary() == "1 weights were ill-posed and damped: a and b (1 weights)"
-        (record,) = diagnostics.read(recorder.path)
+        (record,) = diagnostics.read_records(recorder.path)
         read.append(replace(record, seconds=0.0, peak_rss=None))
     assert desk.store is not None
     assert desk.store.hits == 1

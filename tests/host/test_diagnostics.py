@@ -19,7 +19,7 @@ from mergekit_stf.host.diagnostics import records as diagnostics
 from mergekit_stf.host.diagnostics.records import Recorder
 from mergekit_stf.host.merging.desk import Desk, desk_of_environment
 from mergekit_stf.host.merging.job import WeightJob
-from mergekit_stf.host.merging.records import joined
+from mergekit_stf.host.merging.records import join_records
 from tests.environments import ROOT
 from tests.host.jobs import job_of, three
 
@@ -28,7 +28,7 @@ def record_of(path: Path, job: WeightJob) -> Record:
     """Merge a weight at a desk that writes records, and read what it wrote."""
     with contextlib.closing(Recorder(path)) as recorder:
         Desk(recorder=recorder).run(job)
-    (record,) = diagnostics.read(path)
+    (record,) = diagnostics.read_records(path)
     return record
 
 
@@ -36,7 +36,7 @@ def written(path: Path, *records: Record) -> list[Record]:
     with contextlib.closing(Recorder(path)) as recorder:
         for record in records:
             recorder.write(record)
-    return diagnostics.read(path)
+    return diagnostics.read_records(path)
 
 
 def close(found: tuple[float, ...], expected: torch.Tensor) -> None:
@@ -89,7 +89,7 @@ def test_a_stack_tells_of_its_worst_matrix() -> None:
     one = superpose(three()).record
     harder = replace(one, condition=50.0, iterations=30, residual=1e-3, converged=False)
     for records in ([one, harder], [harder, one]):
-        record = joined(records)
+        record = join_records(records)
         assert (record.condition, record.iterations) == (50.0, 30)
         assert (record.residual, record.converged) == (1e-3, False)
 
@@ -116,7 +116,7 @@ def test_a_zero_task_matrix_has_no_direction(tmp_path: Path) -> None:
 def test_a_weight_in_which_no_model_differs_has_no_record(tmp_path: Path) -> None:
     with contextlib.closing(Recorder(tmp_path / "d.jsonl")) as recorder:
         Desk(recorder=recorder).run(job_of([torch.zeros(24, 16)] * 2))
-    assert diagnostics.read(recorder.path) == []
+    assert diagnostics.read_records(recorder.path) == []
 
 
 def test_an_infinite_condition_survives_the_file(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len({record.name for record in diagnostics.read(recorder.path)}) == 80
+    assert len({record.name for record in diagnostics.read_records(recorder.path)}) == 80
 
 
 def test_nothing_is_written_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_the_environment_switches_it_on(tmp_path: Path, monkeypatch: pytest.Monk
     desk.run(job_of(three()))
     assert desk.recorder is not None
     desk.recorder.close()
-    assert [record.name for record in diagnostics.read(path)] == ["layer.0.weight"]
+    assert [record.name for record in diagnostics.read_records(path)] == ["layer.0.weight"]
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -181,12 +181,12 @@ def test_a_damaged_file_is_refused_by_line(tmp_path: Path, text: str) -> None:
     record_of(path, job_of(three()))
     path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
     with pytest.raises(STFError, match="line 2 is not a record"):
-        diagnostics.read(path)
+        diagnostics.read_records(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(STFError, match=r"nothing\.jsonl: cannot be read: No such file"):
-        diagnostics.read(tmp_path / "nothing.jsonl")
+        diagnostics.read_records(tmp_path / "nothing.jsonl")
 
 
 def test_every_key_is_documented() -> None:
@@ -216,13 +216,13 @@ def write_raw(path: Path, *lines: dict[str, object]) -> Path:
 
 
 def test_a_separator_of_lines_in_a_name_is_no_line(tmp_path: Path) -> None:
-    (record,) = diagnostics.read(write_raw(tmp_path / "d.jsonl", GOOD))
+    (record,) = diagnostics.read_records(write_raw(tmp_path / "d.jsonl", GOOD))
     assert record.models == ("a\u2028", "b")
 
 
 def test_a_merge_without_differences_has_no_records(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").touch()
-    assert diagnostics.read(tmp_path / "d.jsonl") == []
+    assert diagnostics.read_records(tmp_path / "d.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_records_that_contradict_themselves_are_damaged(
 ) -> None:
     path = write_raw(tmp_path / "d.jsonl", GOOD, {**GOOD, **change})
     with pytest.raises(STFError, match="line 2 is not a record of a merge"):
-        diagnostics.read(path)
+        diagnostics.read_records(path)
 
 
 @pytest.mark.parametrize("content", [b"\xff", b'{"name": "\xc3("}', b"\xff\xfe{\x00}\x00"])
 def test_records_that_are_no_utf_8(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(STFError, match=r"d\.jsonl: cannot be read: not UTF-8 text"):
-        diagnostics.read(tmp_path / "d.jsonl")
+        diagnostics.read_records(tmp_path / "d.jsonl")

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mergekit_stf.cli.main import main
 from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.merging.job import Task, WeightJob, merge_weight
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.split import parse_split
 from tests import oracle
 from tests.elementwise_oracles import consensus_ta, localize_stitch, pcb
 from tests.host import peft_adapters as made
@@ -54,7 +54,7 @@ def wanted(method: str, *parts: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(), (1,), (50,), (30, 20), (8, 3, 4), (6, 3, 2, 2)])
 def test_what_is_no_linear_map_is_merged_whole(method: str, shape: tuple[int, ...]) -> None:
     tuned = [draw(seed, *shape) for seed in range(3)]
-    result = merge_weight(job_of(method, Kind.VECTOR, [*tuned], split=parse("rows 2")))
+    result = merge_weight(job_of(method, Kind.VECTOR, [*tuned], split=parse_split("rows 2")))
     torch.testing.assert_close(result.tensor.double(), wanted(method, *tuned), atol=1e-8, rtol=1e-5)
     assert result.record is not None
     assert result.record.rule == "merge"
@@ -72,7 +72,9 @@ def test_experts_are_merged_one_by_one(method: str) -> None:
 @METHODS
 def test_the_maps_of_a_split_are_merged_one_by_one(method: str) -> None:
     tuned = [draw(seed, 30, 60) for seed in range(3)]
-    found = merge_weight(job_of(method, Kind.LINEAR, [*tuned], split=parse("columns 3"))).tensor
+    found = merge_weight(
+        job_of(method, Kind.LINEAR, [*tuned], split=parse_split("columns 3"))
+    ).tensor
     parts = [P.split(20, dim=1) for P in tuned]
     for number, own in enumerate(zip(*parts, strict=True)):
         alone = merge_weight(job_of(method, Kind.LINEAR, [P.contiguous() for P in own])).tensor

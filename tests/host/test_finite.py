@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.diagnostics.notices import Notices
-from mergekit_stf.host.merging.finite import copied, is_finite, rounded
+from mergekit_stf.host.merging.finite import copy_weight, is_finite, round_weight
 from mergekit_stf.host.plugin.options import MergeOptions
 from mergekit_stf.host.recipe.recipe import check_recipe
 from mergekit_stf.host.run.lora import merge_to_adapter, merge_to_model
@@ -65,15 +65,15 @@ def test_what_a_type_cannot_hold_is_refused(
 ) -> None:
     x = torch.tensor([[1.0, 2.0], [value, 0.5]], dtype=getattr(torch, source))
     with pytest.raises(STFError, match=f"^w: .*{message}") as error:
-        rounded("w", x, getattr(torch, target))
+        round_weight("w", x, getattr(torch, target))
     assert "\n" not in str(error.value)
 
 
 def test_what_rounds_to_the_greatest_value_is_kept() -> None:
     x = torch.tensor([65519.0, -65519.0, 1e-9])
-    assert rounded("w", x, torch.float16).tolist() == [65504, -65504, 0]
-    assert rounded("w", torch.tensor([460.0]), torch.float8_e4m3fn).float().item() == 448
-    assert rounded("w", torch.zeros(0, 3), torch.float16).shape == (0, 3)
+    assert round_weight("w", x, torch.float16).tolist() == [65504, -65504, 0]
+    assert round_weight("w", torch.tensor([460.0]), torch.float8_e4m3fn).float().item() == 448
+    assert round_weight("w", torch.zeros(0, 3), torch.float16).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "complex64"])
@@ -141,7 +141,9 @@ def test_an_infinite_mask_of_the_base_is_copied(
     base = save_family("gpt2", tmp_path, tasks=1).base
     model = ModelReference(model=ModelPath(path=str(base)))
     mask = torch.tensor([0.0, float("-inf")])
-    found = [copied(f"transformer.h.{i}.attn.own_mask", mask, torch.float16, model) for i in (0, 1)]
+    found = [
+        copy_weight(f"transformer.h.{i}.attn.own_mask", mask, torch.float16, model) for i in (0, 1)
+    ]
     kept = found[0][0]
     with caplog.at_level(logging.WARNING):
         Notices().say(notice for _, notices in found for notice in notices)
@@ -156,7 +158,7 @@ def test_an_infinite_mask_of_the_base_is_copied(
         ("transformer.h.0.attn.own_mask", [0.0, float("nan")]),
     ):
         with pytest.raises(STFError, match="base_model has 1 entries that are NaN or infinite"):
-            copied(name, torch.tensor(values), torch.float32, model)
+            copy_weight(name, torch.tensor(values), torch.float32, model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -19,7 +19,7 @@ from mergekit_stf.host.plugin.method import HostMethod
 
 PACKAGE = str(Path(mergekit_stf.host.__file__).parent.parent)
 ENTRANCE = HostMethod._execute.__code__
-SUBMITTING = pool.each.__code__
+SUBMITTING = pool.map_matrices.__code__
 
 
 def ours(frame: FrameType | None) -> list[CodeType]:

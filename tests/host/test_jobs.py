@@ -20,7 +20,7 @@ from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.checkpoints.stored import StoredTensor
 from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.merging.job import Task, WeightJob, WeightResult, merge_weight
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.split import parse_split
 from mergekit_stf.host.store.store import Store
 from tests.host.models import save_family
 
@@ -57,7 +57,7 @@ def up_projection() -> WeightJob:
 
 def fused() -> WeightJob:
     name, base = "model.layers.0.self_attn.qkv_proj.weight", noise(48, 32, seed=0).bfloat16()
-    return dense(name, base, split=parse("rows 32,8,8"), out_dtype=torch.float32)
+    return dense(name, base, split=parse_split("rows 32,8,8"), out_dtype=torch.float32)
 
 
 def experts() -> WeightJob:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.checkpoints.dequantised import scaled
+from mergekit_stf.host.checkpoints.dequantised import apply_scales
 from tests.cli.merges import run, write_recipe
 from tests.host.merging import merge, recipe, reload
 from tests.host.models import TEXT, Checkpoints, build, llama, qwen3_moe, save_model
@@ -233,11 +233,11 @@ def test_scales_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"scales of shape \(3, 1\) fit no weight of shape \(8, 8\)"
     ):
-        scaled(torch.ones(8, 8), torch.ones(3, 1), (128, 128))
+        apply_scales(torch.ones(8, 8), torch.ones(3, 1), (128, 128))
 
 
 def test_exponents_of_eight_bits_scale_by_powers_of_two() -> None:
     scales = torch.tensor([[126, 128], [127, 130]], dtype=torch.uint8)
-    found = scaled(torch.ones(2, 4), scales, (1, 2))
+    found = apply_scales(torch.ones(2, 4), scales, (1, 2))
     assert found.tolist() == [[0.5, 0.5, 2, 2], [1, 1, 8, 8]]
-    assert scaled(torch.ones(2, 4), scales.view(torch.float8_e8m0fnu), (1, 2)).equal(found)
+    assert apply_scales(torch.ones(2, 4), scales.view(torch.float8_e8m0fnu), (1, 2)).equal(found)

@@ -10,14 +10,14 @@ import transformers
 from mergekit.merge_methods import merge_state_dicts
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.split import parse_split
 from tests import oracle
 from tests.host.merging import LAMBDA, merge, parameters, recipe
 from tests.host.models import save_family
 
 
 def indices(text: str, shape: tuple[int, int]) -> list[list[int]]:
-    split = parse(text)
+    split = parse_split(text)
     assert split is not None
     return [index[split.axis].tolist() for index in split.indices(shape)]
 
@@ -39,7 +39,7 @@ def test_split_finds_the_maps(text: str, shape: tuple[int, int], expected: list[
 @pytest.mark.parametrize("text", ["rows", "3", "rows 0", "lines 2", "rows 2 in 0", "rows 1.5"])
 def test_malformed_split_says_what_is_allowed(text: str) -> None:
     with pytest.raises(ValueError, match="must be `none`, or `rows` or `columns`"):
-        parse(text)
+        parse_split(text)
 
 
 @pytest.mark.parametrize("text", ["rows 3", "rows 5,4", "rows 2 in 3"])
@@ -50,7 +50,7 @@ def test_split_that_does_not_fit_names_the_shape(text: str) -> None:
 
 @pytest.mark.parametrize("text", [None, "none"])
 def test_no_split_is_none(text: str | None) -> None:
-    assert parse(text) is None
+    assert parse_split(text) is None
 
 
 def test_misfit_in_a_merge_names_the_weight() -> None:

@@ -16,7 +16,7 @@ from mergekit_stf.core import STFError, methods
 from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.merging.job import Task, WeightJob
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.split import parse_split
 from mergekit_stf.host.store import entry
 from mergekit_stf.host.store.entry import key_of
 from mergekit_stf.host.store.store import Store
@@ -119,7 +119,7 @@ def test_a_job_finds_its_matrix_and_no_other(tmp_path: Path) -> None:
     others = [
         replace(job, options=STF | {"rank": 0.5}),
         replace(job, options=STF | {"ridge": 0.1}),
-        replace(job, split=parse("rows 2")),
+        replace(job, split=parse_split("rows 2")),
         replace(job, tasks=job.tasks[1:]),
         replace(job, base=torch.ones(24, 16)),
         changed_task(job, weight=0.5),

@@ -263,9 +263,9 @@ def test_what_appears_at_the_last_moment_is_moved_aside(
 
     def late(*arguments: Any) -> Path | None:
         (out / "thesis").touch()
-        return publish.put(*arguments)
+        return publish.put_in_place(*arguments)
 
-    monkeypatch.setattr(workspace, "put", late)
+    monkeypatch.setattr(workspace, "put_in_place", late)
     merge(out)
     assert read(out) == "new"
     assert (tmp_path / "out.old" / "thesis").exists()
@@ -279,9 +279,9 @@ def test_what_appears_at_the_last_moment_stays_without_force(
 
     def late(*arguments: Any) -> Path | None:
         another_output(out)
-        return publish.put(*arguments)
+        return publish.put_in_place(*arguments)
 
-    monkeypatch.setattr(workspace, "put", late)
+    monkeypatch.setattr(workspace, "put_in_place", late)
     with pytest.raises(STFError, match=rf"lies in {out}\.new: {out}: "):
         merge(out, force=False)
     assert read(out) == "precious"

@@ -39,7 +39,7 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Turn every exception of a command into one message and an exit code."""
     came: list[int] = []
     try:
@@ -59,13 +59,13 @@ def one_line() -> Iterator[None]:
             raise SystemExit(TERMINATED) from None
         if os.environ.get(VARIABLE):
             raise
-        code, lines = describe(error)
+        code, lines = explain_exception(error)
         for number, line in enumerate([*lines, *_notes(error)]):
             echo(line if number else f"Error: {line}", err=True)
         raise SystemExit(code) from None
 
 
-def describe(error: Exception) -> tuple[int, Sequence[str]]:
+def explain_exception(error: Exception) -> tuple[int, Sequence[str]]:
     """Return the exit code for an exception, and its message, line by line."""
     from mergekit_stf.core.errors import STFError  # costs the import of torch
 
@@ -114,7 +114,7 @@ def _is_of_the_host(error: Exception) -> bool:
 
 
 @contextmanager
-def ending_at_once() -> Iterator[None]:
+def end_at_once() -> Iterator[None]:
     """End the process on a signal, for a block that changes nothing, such as imports.
 
     An exception out of a signal handler would not do: what it passes in an import may take it for

@@ -2,8 +2,8 @@
 
 Names in locks, checkpoints, folders and adapters may hold control characters, which a terminal
 obeys. Our own lines go through `echo`, which escapes these and line breaks too. What others print
-(the host's log, warnings, progress bars, click) goes through the streams that `guarded` puts in
-the place of the standard ones.
+(the host's log, warnings, progress bars, click) goes through the streams that `escape_streams` puts
+in the place of the standard ones.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def echo_json(model: BaseModel) -> None:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def escape_streams() -> Iterator[None]:
     """Escape what is written to the standard streams inside the block."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast("TextIO", Guarded(stream)) for stream in before)
+    sys.stdout, sys.stderr = (cast("TextIO", EscapingStream(stream)) for stream in before)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
 
 
-class Guarded:
+class EscapingStream:
     """A text stream that escapes control characters, and what its encoding does not have.
 
     Line breaks and tabs stay, and so does what draws a progress bar: a carriage return before a

@@ -16,11 +16,11 @@ from torch import Tensor
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features.features import Features, kept_rank
 from mergekit_stf.core.features.krylov import leading
+from mergekit_stf.core.features.refinement import gram_refined
 from mergekit_stf.core.features.routes import Route, gram_float32, gram_float64, svd
-from mergekit_stf.core.features.turning import gram_refined
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.pool import SQUARES, alone
-from mergekit_stf.core.precision import by_power, far_exponent
+from mergekit_stf.core.pool import SQUARES, lock_if_large
+from mergekit_stf.core.precision import far_exponent, scale_by_power
 
 FLOAT64_CAPABILITIES = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
 """P100, V100, A100, H100 and H200, B200; other cards have 1/32 or 1/64 of float64."""
@@ -42,7 +42,7 @@ def choose_route(M: Tensor, source_dtype: torch.dtype) -> str:
         return "svd"
     if source_dtype == torch.bfloat16 and M.device.type == "cpu":
         return "gram_float32"
-    if has_float64(M.device) and not (M.device.type == "cuda" and _needs_much(M)):
+    if has_float64(M.device) and not (M.device.type == "cuda" and _needs_much_memory(M)):
         return "gram_float64"
     return "gram_refined"
 
@@ -84,14 +84,14 @@ def decompose(
         return Features(M[:, :0], M.new_zeros(0), M[:0], "zero")
     tall = M if M.shape[0] >= M.shape[1] else M.mT
     exponent = far_exponent(tall)
-    near = by_power(tall, -exponent)
+    near = scale_by_power(tall, -exponent)
     failures: list[str] = []
     for attempt in _attempts(near, count, route, source_dtype):
         try:
             if attempt == "leading":
                 found = leading(near, count)
             else:
-                with alone(near):
+                with lock_if_large(near):
                     found = WAYS[attempt](near)
         except RuntimeError as error:
             failures.append(f"{attempt}: {str(error).splitlines()[0]}")
@@ -147,6 +147,6 @@ def _warn(name: str, attempt: str, failures: list[str]) -> None:
         )
 
 
-def _needs_much(M: Tensor) -> bool:
+def _needs_much_memory(M: Tensor) -> bool:
     """Say whether float64 on a card takes more than 1 GB and four times the size of M."""
     return SQUARES["cuda"] * min(M.shape) ** 2 > 10**9 + 4 * M.numel() * M.itemsize

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_stf.core.precision import by_power, length
+from mergekit_stf.core.precision import length, scale_by_power
 from mergekit_stf.core.tolerances import RANK
 
 
@@ -51,7 +51,7 @@ class Features:
 
     def times_power(self, exponent: int) -> Features:
         """Return the features of ``2^exponent`` times the matrix."""
-        return replace(self, s=by_power(self.s, exponent))
+        return replace(self, s=scale_by_power(self.s, exponent))
 
     def leading(self, count: int) -> Features:
         """Return the numerically nonzero ones among the ``count`` leading features."""

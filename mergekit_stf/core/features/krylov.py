@@ -84,7 +84,7 @@ class _Krylov:
         m, n = M.shape
         self.M, self.adjoint, self.width, self.size = M.contiguous(), M.mT.contiguous(), width, 0
         self.basis, self.image = M.new_empty(limit + width, n), M.new_empty(limit + width, m)
-        self._append(_orthonormal(_start(n, width, M)).mT)
+        self._append(_orthonormalise(_random_rows(n, width, M)).mT)
 
     def grow(self, size: int) -> None:
         """Append blocks up to at least this many rows.
@@ -93,10 +93,10 @@ class _Krylov:
         one; taken out first, they leave to the full projection what rounding brings back.
         """
         while self.size < size:
-            X = _applied(self.adjoint, self.image[self.size - self.width : self.size])
+            X = _apply(self.adjoint, self.image[self.size - self.width : self.size])
             for start in (max(0, self.size - 2 * self.width), 0):
                 known = self.basis[start : self.size]
-                X = _orthonormal(torch.addmm(X, X @ known.mT, known, alpha=-1).mT).mT
+                X = _orthonormalise(torch.addmm(X, X @ known.mT, known, alpha=-1).mT).mT
             self._append(X)
 
     def ritz(self, count: int) -> tuple[Features, float]:
@@ -116,20 +116,20 @@ class _Krylov:
     def _append(self, X: Tensor) -> None:
         rows = slice(self.size, self.size + X.shape[0])
         self.basis[rows] = X
-        self.image[rows] = _applied(self.M, X)
+        self.image[rows] = _apply(self.M, X)
         self.size = rows.stop
 
 
-def _applied(A: Tensor, rows: Tensor) -> Tensor:
+def _apply(A: Tensor, rows: Tensor) -> Tensor:
     """Return A times each of a few rows, as rows."""
     return (A @ rows.mT.contiguous()).mT
 
 
-def _start(rows: int, columns: int, like: Tensor) -> Tensor:
+def _random_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(rows, columns, generator=generator).to(like)
 
 
-def _orthonormal(X: Tensor) -> Tensor:
+def _orthonormalise(X: Tensor) -> Tensor:
     Q: Tensor = torch.linalg.qr(X).Q
     return Q

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features.features import Features
-from mergekit_stf.core.precision import split
+from mergekit_stf.core.precision import split_rows
 from mergekit_stf.core.tolerances import ALONG, HEAD, RANK, ROUGH_TAIL, TAIL
 
 Route = Callable[[Tensor], Features]
@@ -45,7 +45,7 @@ def gram_float64(M: Tensor) -> Features:
     torch.mm(narrow[:head], M.mT, out=image[:head])
     s[:head] = torch.linalg.vector_norm(image[:head], dim=1)
     if head < Vh.shape[0]:
-        image[head:], s[head:] = _short_images(M, Vh[head:])
+        image[head:], s[head:] = _form_short_images(M, Vh[head:])
     s, order = s.sort(descending=True)
     order = order[: int(torch.count_nonzero(s > RANK * s[0]))]
     s = s[: order.numel()].to(M.dtype)
@@ -60,7 +60,7 @@ def gram_float32(M: Tensor) -> Features:
     moves by about 1e-5. Meant for inputs whose own rounding moves it by more.
     """
     _, Vh = eigen(lower_gram(M, M.dtype))
-    return complete(*separate_tail(Vh @ M.mT, Vh, ROUGH_TAIL), "gram_float32")
+    return complete_triples(*separate_tail(Vh @ M.mT, Vh, ROUGH_TAIL), "gram_float32")
 
 
 def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,17 +81,17 @@ def lower_gram(M: Tensor, dtype: torch.dtype) -> Tensor:
     n = M.shape[1]
     gram = torch.zeros(n, n, dtype=dtype, device=M.device)
     edges = [n * i // PANELS for i in range(PANELS + 1)]
-    for rows in split(M):
+    for rows in split_rows(M):
         wide = rows.to(dtype)
         for start, end in pairwise(edges):
             gram[start:end, :end].addmm_(wide[:, start:end].mT, wide[:, :end])
     return gram
 
 
-def _short_images(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+def _form_short_images(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``Vh Mᵀ`` rounded to the type of ``M``, and its row norms, both from float64."""
     image, square = M.new_empty(Vh.shape[0], M.shape[0]), Vh.new_zeros(Vh.shape[0])
-    parts = split(M)
+    parts = split_rows(M)
     targets = torch.split(image.mT, [rows.shape[0] for rows in parts])
     for target, rows in zip(targets, parts, strict=True):
         part = Vh @ rows.double().mT
@@ -126,7 +126,7 @@ def separate_tail(image: Tensor, Vh: Tensor, below: float = TAIL) -> tuple[Tenso
         Vh[start:] = R @ Vh[start:]
 
 
-def complete(image: Tensor, Vh: Tensor, route: str) -> Features:
+def complete_triples(image: Tensor, Vh: Tensor, route: str) -> Features:
     """Complete orthonormal right vectors to triples, ``M v_k = s_k u_k``.
 
     Rounding leaves ``eps * s_1`` in each image, much of a short one, and nearly all of it along

@@ -50,7 +50,7 @@ def get(name: str) -> Method:
     return _METHODS[name]
 
 
-def known(name: object) -> bool:
+def is_known(name: object) -> bool:
     """Say whether a method of that name is registered."""
     return name in _METHODS
 

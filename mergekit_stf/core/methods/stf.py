@@ -18,7 +18,7 @@ from mergekit_stf.core.methods.method import Merged, Method, combined, describe
 from mergekit_stf.core.methods.options import RANK, Option, ridge_or_auto
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.record import Record
-from mergekit_stf.core.solve import Solution, gram, solve
+from mergekit_stf.core.solve import Solution, choose_gram, solve
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 RIDGE = Option(
@@ -58,9 +58,9 @@ class SuperposeFeatures(Method):
             cosines = torch.zeros(tasks.count, tasks.count, dtype=torch.float64)
             return Merged(M, describe(tasks, M, features, cosines))
         ridge = None if options["ridge"] == "auto" else float(options["ridge"])
-        G = gram(present)
+        G = choose_gram(present)
         solution = solve(present, ridge, G)
-        cosines = _among_all(G.cosines(), features)
+        cosines = _spread_cosines(G.cosines(), features)
         del G
         if not solution.converged:
             _warn(tasks.name, solution)
@@ -107,7 +107,7 @@ def superpose(
         return SuperposeFeatures().merge(tasks, options)
 
 
-def _among_all(cosines: Tensor, features: Sequence[Features]) -> Tensor:
+def _spread_cosines(cosines: Tensor, features: Sequence[Features]) -> Tensor:
     """Spread the cosines of the tasks with features over all tasks, with zeros for the others."""
     present = torch.tensor([f.rank > 0 for f in features])
     spread = torch.zeros(len(features), len(features), dtype=torch.float64)

@@ -8,12 +8,12 @@ import torch
 
 from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.solve.cholesky import cholesky_solve
-from mergekit_stf.core.solve.gram import Gram, Whole, gram
+from mergekit_stf.core.solve.gram import Gram, Whole, choose_gram
 from mergekit_stf.core.solve.lanczos import krylov_solve
 from mergekit_stf.core.solve.solution import Solution
 from mergekit_stf.core.tolerances import RESIDUAL
 
-__all__ = ["Gram", "Solution", "gram", "solve"]
+__all__ = ["Gram", "Solution", "choose_gram", "solve"]
 
 
 def solve(
@@ -29,7 +29,7 @@ def solve(
     Returns:
         The solution; whether it converged is part of it.
     """
-    G = operator or gram(features)
+    G = operator or choose_gram(features)
     s = torch.cat([f.s for f in features]).double()
     tolerance = RESIDUAL[features[0].s.dtype]
     if isinstance(G, Whole) and ridge is None:

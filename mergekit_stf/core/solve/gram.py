@@ -2,7 +2,7 @@
 
 ``G = (UᵀU) ∘ (VᵀV)`` of the stacked features of all tasks is symmetric positive semidefinite with a
 unit diagonal, and its diagonal blocks, one a task, are identities. It comes in three forms, of
-which ``gram`` chooses the cheapest: ``Whole`` for few features; ``Blocks`` keeps the T(T-1)/2
+which ``choose_gram`` takes the cheapest: ``Whole`` for few features; ``Blocks`` keeps the T(T-1)/2
 blocks above the diagonal; ``Products`` keeps nothing and uses ``(G alpha)_k = u_kᵀ M(alpha) v_k``,
 whose cost and memory are linear in T.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features.features import Features, combine
-from mergekit_stf.core.precision import length, split
+from mergekit_stf.core.precision import length, split_rows
 
 FEW = 256
 """Features of all tasks up to which the whole of G is formed: factoring it then costs less than one
@@ -74,7 +74,7 @@ class Blocks:
         self.blocks: list[tuple[slice, slice, Tensor]] = []
         for (rows, f), (columns, g) in combinations(zip(spans(features), features, strict=True), 2):
             block = f.U.mT @ g.U
-            parts = split(block)
+            parts = split_rows(block)
             for part, Vh in zip(parts, torch.split(f.Vh, parts[0].shape[0]), strict=True):
                 part *= Vh @ g.Vh.mT
             self.blocks.append((rows, columns, block))
@@ -126,7 +126,7 @@ class Products:
         return found
 
 
-def gram(features: Sequence[Features]) -> Gram:
+def choose_gram(features: Sequence[Features]) -> Gram:
     """Choose the cheapest form of G.
 
     Args:
@@ -153,7 +153,7 @@ def spans(features: Sequence[Features]) -> list[slice]:
     return [slice(end - f.rank, end) for f, end in zip(features, ends, strict=True)]
 
 
-def pairs(features: Sequence[Features]) -> int:
+def count_pairs(features: Sequence[Features]) -> int:
     """Return the number of entries of all blocks above the diagonal of G."""
     sizes = [f.rank for f in features]
     return (sum(sizes) ** 2 - sum(r * r for r in sizes)) // 2
@@ -168,7 +168,7 @@ def blocks_pay(features: Sequence[Features]) -> bool:
     what is formed on the way.
     """
     m, n = features[0].U.shape[0], features[0].Vh.shape[1]
-    count, entries = sum(f.rank for f in features), pairs(features)
+    count, entries = sum(f.rank for f in features), count_pairs(features)
     size = features[0].s.itemsize
     room = ROOM + size * m * n * len(features)
     return size * entries <= room and entries * (m + n) <= APPLICATIONS * 2 * m * n * count
@@ -179,4 +179,4 @@ def blocks_size(m: int, n: int, tasks: int) -> int:
     r = min(m, n)
     U, s, Vh = (torch.empty(shape, device="meta") for shape in ((m, r), (r,), (r, n)))
     alike = [Features(U, s, Vh, "")] * tasks
-    return torch.float32.itemsize * pairs(alike) if blocks_pay(alike) else 0
+    return torch.float32.itemsize * count_pairs(alike) if blocks_pay(alike) else 0

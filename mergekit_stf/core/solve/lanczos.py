@@ -38,7 +38,7 @@ def krylov_solve(operator: Gram, s: Tensor, ridge: float | None, tolerance: floa
     """
     scale = length(s)
     krylov = Lanczos(operator, s / scale, tolerance)
-    outcome = _damped(krylov) if ridge is None else _shifted(krylov, ridge)
+    outcome = _solve_damped(krylov) if ridge is None else _solve_with_ridge(krylov, ridge)
     return Solution(
         alpha=krylov.expand(outcome.coefficients) * scale,
         iterations=krylov.steps,
@@ -91,7 +91,7 @@ class Lanczos:
         values, vectors = torch.linalg.eigh(self.T[:k, :k])
         return values, vectors
 
-    def function(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+    def apply_function(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the coefficients ``f(T) e_1`` in the basis, (k,)."""
         values, vectors = self.ritz()
         return vectors @ (f(values) * vectors[0])
@@ -126,32 +126,32 @@ class _Outcome:
     cutoff: float = 0.0
 
 
-def _shifted(krylov: Lanczos, ridge: float) -> _Outcome:
+def _solve_with_ridge(krylov: Lanczos, ridge: float) -> _Outcome:
     """Solve ``(G + ridge I) alpha = s`` to the tolerance, without damping."""
     while True:
         beta = krylov.step()
-        y = krylov.function(lambda x: 1 / (x.clamp(min=0) + ridge).clamp(min=1e-14))
+        y = krylov.apply_function(lambda x: 1 / (x.clamp(min=0) + ridge).clamp(min=1e-14))
         residual = beta * abs(float(y[-1]))
         if residual <= krylov.tolerance or not beta or krylov.steps == MAX_ITERATIONS:
             return _Outcome(y, residual, residual <= krylov.tolerance)
 
 
-def _damped(krylov: Lanczos) -> _Outcome:
+def _solve_damped(krylov: Lanczos) -> _Outcome:
     """Solve exactly where the energy stays small, and damp where it does not."""
     while True:
         beta = krylov.step()
-        y = krylov.function(lambda x: 1 / x.clamp(min=1e-14))
+        y = krylov.apply_function(lambda x: 1 / x.clamp(min=1e-14))
         residual = beta * abs(float(y[-1]))
         solved = residual <= krylov.tolerance or not beta
         if solved or krylov.energy() >= ILL_POSED or krylov.steps == MAX_ITERATIONS:
             break
-    cutoff = damping(krylov.energy())
+    cutoff = choose_cutoff(krylov.energy())
     if not cutoff:
         return _Outcome(y, residual, solved)
-    previous = krylov.function(lambda x: damped_inverse(x, cutoff))
+    previous = krylov.apply_function(lambda x: filter_inverse(x, cutoff))
     while beta and krylov.steps < MAX_ITERATIONS:
         beta = krylov.step()
-        y = krylov.function(lambda x: damped_inverse(x, cutoff))
+        y = krylov.apply_function(lambda x: filter_inverse(x, cutoff))
         change = y.clone()
         change[:-1] -= previous
         if float(torch.linalg.vector_norm(change)) <= krylov.tolerance:
@@ -160,14 +160,14 @@ def _damped(krylov: Lanczos) -> _Outcome:
     return _Outcome(previous, _residual(krylov, previous), not beta, cutoff)
 
 
-def damping(energy: float) -> float:
+def choose_cutoff(energy: float) -> float:
     """Return the cut-off ``tau`` for an energy, continuous with a continuous slope."""
     x = min(1.0, max(0.0, (energy - WELL_POSED) / (ILL_POSED - WELL_POSED)))
     return CUTOFF * x * x * (3 - 2 * x)
 
 
-def damped_inverse(x: Tensor, cutoff: float) -> Tensor:
-    """Return ``(1 - exp(-(x/cutoff)⁴)) / x``, 0 at and below 0."""
+def filter_inverse(x: Tensor, cutoff: float) -> Tensor:
+    """Return ``(1 - exp(-(x/cutoff)⁴)) / x``: ``1/x`` far above the cutoff, 0 at and below 0."""
     positive = x.clamp(min=1e-14)
     return -torch.expm1(-((positive / cutoff) ** 4)) / positive
 

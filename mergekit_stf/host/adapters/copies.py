@@ -20,8 +20,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.config import PLAIN_STARTS, AdapterConfig, read_settings
-from mergekit_stf.host.adapters.names import Known, describe, refusal, resolve
-from mergekit_stf.host.adapters.peft import Placing, hollow, peft_errors, place
+from mergekit_stf.host.adapters.names import KnownWeights, describe_renaming, misfit_error, resolve
+from mergekit_stf.host.adapters.peft import Placing, build_hollow_base, peft_errors, place
 from mergekit_stf.host.adapters.read import CONFIG_FILE, WEIGHTS_FILE, read_tensors, weight_of
 from mergekit_stf.host.adapters.rewrite import SPECIAL, Rewriter
 from mergekit_stf.host.architectures.loading import ParameterNames
@@ -48,8 +48,8 @@ def copy_adapters(config: MergeConfiguration, options: MergeOptions, folder: Pat
     close_checkpoints()
     for reference in _with_adapters(config.referenced_models()):
         with tempfile.TemporaryDirectory() as scratch:
-            files = _prepared(reference, options, Path(scratch))
-            path = ModelPath(path=str(_copied(reference, files, options, folder)))
+            files = _prepare(reference, options, Path(scratch))
+            path = ModelPath(path=str(_make_copy(reference, files, options, folder)))
         copy = ModelReference(model=path)
         keep_open(reference, copy.lazy_loader(lazy_unpickle=options.lazy_unpickle))
 
@@ -63,7 +63,7 @@ def plan_adapters_as_bases(config: MergeConfiguration, options: MergeOptions) ->
     close_checkpoints()
     for reference in _with_adapters(config.referenced_models()):
         with tempfile.TemporaryDirectory() as scratch:
-            _prepared(reference, options, Path(scratch))
+            _prepare(reference, options, Path(scratch))
         base = _base_of(reference)
         loader = base.lazy_loader(options.transformers_cache, options.lazy_unpickle)
         keep_open(reference, loader)
@@ -78,11 +78,13 @@ def check_copies(references: Iterable[ModelReference], options: MergeOptions) ->
     for reference in _with_adapters(references):
         folder = locate(reference.lora, options.transformers_cache)
         settings = read_settings(folder / CONFIG_FILE)
-        placing = place(reference, folder, hollow(_base_of(reference), options.trust_remote_code))
-        if not placing.unplaced and not _random(placing, settings):
+        placing = place(
+            reference, folder, build_hollow_base(_base_of(reference), options.trust_remote_code)
+        )
+        if not placing.unplaced and not _starts_at_random(placing, settings):
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            _prepared(reference, options, Path(scratch))
+            _prepare(reference, options, Path(scratch))
         names = sorted({weight_of(name) for name in placing.unplaced or placing.started})
         raise STFError(
             f"{reference}: the copy that mergekit has made with PEFT lacks {', '.join(names[:3])}"
@@ -99,26 +101,28 @@ def _base_of(reference: ModelReference) -> ModelReference:
     return reference.model_copy(update={"lora": None})
 
 
-def _prepared(reference: ModelReference, options: MergeOptions, scratch: Path) -> Path:
+def _prepare(reference: ModelReference, options: MergeOptions, scratch: Path) -> Path:
     """Return the folder of an adapter all of whose tensors PEFT will put into the base."""
     folder = locate(reference.lora, options.transformers_cache)
     settings = read_settings(folder / CONFIG_FILE)
-    model = hollow(_base_of(reference), options.trust_remote_code)
+    model = build_hollow_base(_base_of(reference), options.trust_remote_code)
     files = folder
     if _is_plain(settings) and (folder / WEIGHTS_FILE).is_file():
         rewriter = Rewriter(folder, settings, read_tensors(folder))
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        known = Known(shapes, {name: name for name in shapes}, ParameterNames(model))
+        known = KnownWeights(shapes, {name: name for name in shapes}, ParameterNames(model))
         names = resolve(rewriter.shapes, known)
         if names is not None:
             files = scratch
             rewriter.write(names, scratch)
         if names:
-            LOG.warning("%s: its names are not the base's: %s", reference.lora, describe(names))
+            LOG.warning(
+                "%s: its names are not the base's: %s", reference.lora, describe_renaming(names)
+            )
     placing = place(reference, files, model)
     if placing.unplaced:
         raise _refusal(reference, placing, settings)
-    if _random(placing, settings):
+    if _starts_at_random(placing, settings):
         raise STFError(
             f"{reference}: {folder / CONFIG_FILE} names modules of which the adapter stores "
             f"nothing, {', '.join(placing.started[:3])}, and starts them at random; correct its "
@@ -132,7 +136,7 @@ def _is_plain(settings: AdapterConfig) -> bool:
     return settings.peft_type == "LORA" and not any(extra.get(key) for key in SPECIAL)
 
 
-def _random(placing: Placing, settings: AdapterConfig) -> bool:
+def _starts_at_random(placing: Placing, settings: AdapterConfig) -> bool:
     """Say whether PEFT would merge random numbers; it starts most adapters at zero."""
     return bool(placing.started) and settings.init_lora_weights not in PLAIN_STARTS - {False}
 
@@ -141,10 +145,10 @@ def _refusal(reference: ModelReference, placing: Placing, settings: AdapterConfi
     names = sorted({weight_of(name) for name in placing.unplaced})
     rows = {weight_of(n): t.shape[0] for n, t in placing.stored.items() if t.ndim == 2}
     base = str(_base_of(reference))
-    return refusal(str(reference.lora), base, names, settings.task_type, rows.get(names[0]))
+    return misfit_error(str(reference.lora), base, names, settings.task_type, rows.get(names[0]))
 
 
-def _copied(reference: ModelReference, files: Path, options: MergeOptions, folder: Path) -> Path:
+def _make_copy(reference: ModelReference, files: Path, options: MergeOptions, folder: Path) -> Path:
     """Return the full copy of a base and an adapter, from an earlier run if it is whole."""
     base = _base_of(reference)
     parts = [str(base), str(base.override_architecture), str(options.lora_merge_dtype)]

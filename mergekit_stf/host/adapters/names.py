@@ -25,7 +25,7 @@ HEADS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownWeights:
     """The weights of a base.
 
     Attributes:
@@ -39,7 +39,7 @@ class Known:
     loader: ParameterNames | None
 
 
-def resolve(wanted: Mapping[str, Shape], known: Known) -> dict[str, str] | None:
+def resolve(wanted: Mapping[str, Shape], known: KnownWeights) -> dict[str, str] | None:
     """Find the weights that an adapter means by names that the base has not.
 
     First by the rules with which transformers renames the weights of older checkpoints, then by
@@ -61,19 +61,21 @@ def resolve(wanted: Mapping[str, Shape], known: Known) -> dict[str, str] | None:
     found = [m for m in _by_transformers(unknown, known) if _fits(m, wanted, known)]
     if not found:
         kept = [name for name in wanted if name in known.shapes]
-        changes = (_exchanged(unknown, kept, *change) for change in _prefixes(unknown[0], known))
+        changes = (
+            _exchange_prefix(unknown, kept, *change) for change in _prefixes(unknown[0], known)
+        )
         found = [names for names in changes if names and _fits(names, wanted, known)]
     targets = {tuple(known.weights[name] for name in names.values()) for names in found}
     return found[0] if len(targets) == 1 else None
 
 
-def describe(names: Mapping[str, str]) -> str:
+def describe_renaming(names: Mapping[str, str]) -> str:
     """Say in a few words what became of the names."""
     old, new = next(iter(names.items()))
     return f"{old} is {new} (and {len(names) - 1} more)" if len(names) > 1 else f"{old} is {new}"
 
 
-def refusal(
+def misfit_error(
     adapter: str, base: str, unplaced: Sequence[str], task_type: str | None, labels: int | None
 ) -> STFError:
     """Return the error for an adapter whose tensors fill nothing in the base.
@@ -100,7 +102,7 @@ def refusal(
     )
 
 
-def _by_transformers(unknown: Sequence[str], known: Known) -> Iterator[dict[str, str]]:
+def _by_transformers(unknown: Sequence[str], known: KnownWeights) -> Iterator[dict[str, str]]:
     if known.loader is None:
         return
     targets = {name: known.loader.of(name) for name in unknown}
@@ -108,7 +110,7 @@ def _by_transformers(unknown: Sequence[str], known: Known) -> Iterator[dict[str,
         yield {name: next(iter(found)) for name, found in targets.items()}
 
 
-def _prefixes(name: str, known: Known) -> list[tuple[str, str]]:
+def _prefixes(name: str, known: KnownWeights) -> list[tuple[str, str]]:
     """Return the prefixes of a name and what takes their place in names with the same end."""
     parts = name.split(".")
     found: dict[tuple[str, str], None] = {}
@@ -127,7 +129,7 @@ def _common(parts: Sequence[str], others: Sequence[str]) -> int:
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(parts), len(others)))
 
 
-def _exchanged(
+def _exchange_prefix(
     unknown: Sequence[str], kept: Collection[str], old: str, new: str
 ) -> dict[str, str] | None:
     """Return every name with another prefix, None where the prefix is not that of all."""
@@ -140,7 +142,7 @@ def _exchanged(
     return {name: start_new + name.removeprefix(start) for name in unknown}
 
 
-def _fits(names: Mapping[str, str], wanted: Mapping[str, Shape], known: Known) -> bool:
+def _fits(names: Mapping[str, str], wanted: Mapping[str, Shape], known: KnownWeights) -> bool:
     taken = {known.weights[name] for name in wanted if name in known.shapes}
     return all(
         new in known.shapes

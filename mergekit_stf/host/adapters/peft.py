@@ -43,7 +43,7 @@ class Placing:
     stored: dict[str, Tensor]
 
 
-def hollow(base: ModelReference, trust_remote_code: bool) -> PreTrainedModel:
+def build_hollow_base(base: ModelReference, trust_remote_code: bool) -> PreTrainedModel:
     """Build the model that the host would load to put an adapter on it, without its weights."""
     settings = base.config(trust_remote_code)
     with torch.device("meta"), no_init_weights():

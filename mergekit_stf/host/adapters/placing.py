@@ -10,7 +10,7 @@ from mergekit.io.tasks import LoaderCache
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.config import FULL_ROUTE
-from mergekit_stf.host.adapters.names import Known, describe, refusal, resolve
+from mergekit_stf.host.adapters.names import KnownWeights, describe_renaming, misfit_error, resolve
 from mergekit_stf.host.adapters.read import Adapter
 from mergekit_stf.host.architectures.loading import ParameterNames
 from mergekit_stf.host.planning.planned import PlannedWeight
@@ -18,7 +18,7 @@ from mergekit_stf.host.planning.planned import PlannedWeight
 LOG = logging.getLogger(__name__)
 
 
-def placed_adapter(
+def place_adapter(
     adapter: Adapter,
     planned: Mapping[str, PlannedWeight],
     names: dict[str, str],
@@ -43,12 +43,14 @@ def placed_adapter(
     for stored in planned if loader is not None else ():
         names |= dict.fromkeys(_parameters(stored, loader), stored)
     shapes = {name: planned[stored].header.shape for name, stored in names.items()}
-    found = resolve(adapter.shapes, Known(shapes, names, loader))
+    found = resolve(adapter.shapes, KnownWeights(shapes, names, loader))
     if found is None:
         raise _unplaced(adapter, sorted(adapter.weights - set(names)) or unknown, loader, base)
     if found:
-        LOG.warning("%s: its names are not the base's: %s", adapter.source, describe(found))
-    return adapter.renamed(found)
+        LOG.warning(
+            "%s: its names are not the base's: %s", adapter.source, describe_renaming(found)
+        )
+    return adapter.rename(found)
 
 
 def _parameters(stored: str, loader: ParameterNames | None) -> set[str]:
@@ -82,10 +84,10 @@ def _unplaced(
         )
     shape = adapter.shapes[unknown[0]]
     labels = shape[0] if len(shape) == 2 else None
-    return refusal(adapter.source, str(base), unknown, adapter.config.task_type, labels)
+    return misfit_error(adapter.source, str(base), unknown, adapter.config.task_type, labels)
 
 
-def by_stored_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+def use_stored_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     """Return the adapter with the names in the base's checkpoint.
 
     Raises:
@@ -99,4 +101,4 @@ def by_stored_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
                 f"{adapter.source} changes {names[name]} twice, as {other} and as {name}; "
                 "save it again with PEFT"
             )
-    return adapter.renamed({name: names[name] for name in adapter.weights})
+    return adapter.rename({name: names[name] for name in adapter.weights})

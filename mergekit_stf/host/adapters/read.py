@@ -70,7 +70,7 @@ class Adapter:
         updates = {name: update.factors.shape for name, update in self.updates.items()}
         return {**updates, **{name: tuple(t.shape) for name, t in self.replaced.items()}}
 
-    def renamed(self, names: Mapping[str, str]) -> Adapter:
+    def rename(self, names: Mapping[str, str]) -> Adapter:
         """Return the adapter with some of its weights under other names."""
         return replace(
             self,

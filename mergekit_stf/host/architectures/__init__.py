@@ -94,24 +94,24 @@ def switched_on() -> bool:
     return os.environ.get(SWITCH) != "0"
 
 
-def register() -> None:
+def register_tables() -> None:
     """Put our tables into the host's, once, unless they are switched off."""
     if switched_on():
-        _register()
+        _register_once()
 
 
 @cache
-def _register() -> None:
+def _register_once() -> None:
     for file in resources.files(__package__).iterdir():
         if file.name.endswith(".json"):
             table = load_architecture_json(file.read_text(encoding="utf-8"))
-            _put(_rewritten(table, _unchanged))
+            _put(_rewrite(table, _unchanged))
     for name in BIASED:
         for table in list(NAME_TO_ARCH[name]):
-            _put(_rewritten(table, _with_biases))
+            _put(_rewrite(table, _with_biases))
     for name in BUFFERED:
         for table in list(NAME_TO_ARCH[name]):
-            _put(_rewritten(table, _without_buffers))
+            _put(_rewrite(table, _without_buffers))
     for name in EXACT:
         module = ModuleDefinition(architecture=ExactArchitecture())
         _put(ModelArchitecture(modules={"default": module}, architectures=[name], model_type=""))
@@ -127,7 +127,7 @@ def _put(table: ModelArchitecture) -> None:
         NAME_TO_ARCH[name] = [*kept, table]
 
 
-def _rewritten(
+def _rewrite(
     table: ModelArchitecture, change: Callable[[list[WeightInfo]], list[WeightInfo]]
 ) -> ModelArchitecture:
     """Return a table with each list of weights changed, fitted to the model that is asked for."""

@@ -20,7 +20,7 @@ from mergekit_stf.core import methods
 from mergekit_stf.host import compat
 from mergekit_stf.host.architectures.unused import Unused, add_unused, find_unused
 from mergekit_stf.host.checkpoints.dequantised import DequantisingLoader
-from mergekit_stf.host.checkpoints.quantised import Quantised, examine, refuse
+from mergekit_stf.host.checkpoints.quantised import Quantised, find_quantisation, quantised_error
 from mergekit_stf.host.diagnostics import notices
 
 ELSEWHERE = (
@@ -52,7 +52,7 @@ def architecture_of(
     for model, found in check_quantised(config, options, dequantise).items():
         _open(model, found)
     architecture: ModelArchitecture = compat.host_architecture(config, options)
-    if not methods.known(config.merge_method) or base is None:
+    if not methods.is_known(config.merge_method) or base is None:
         return architecture, Unused(str(base), "")
     unused = find_unused(architecture, config, options)
     return add_unused(architecture, unused, config), unused
@@ -78,13 +78,13 @@ def install() -> None:
 
 
 def _for_host(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    if not methods.known(config.merge_method):
+    if not methods.is_known(config.merge_method):
         return compat.host_architecture(config, options)
     ours = _ours.get()
     architecture, unused = architecture_of(config, options, dequantise=ours)
     warning = unused.warning()
     if warning and not ours:
-        notices.once(warning)
+        notices.say_once(warning)
     return architecture
 
 
@@ -98,13 +98,13 @@ def check_quantised(
     """
     base, quantised = config.base_model, {}
     for model in sorted(config.referenced_models(), key=lambda m: (m != base, str(m))):
-        found = examine(ModelReference(model=model.model), options)
+        found = find_quantisation(ModelReference(model=model.model), options)
         if found is None:
             continue
         if model.lora or not found.pairs:
-            raise refuse(model, found)
+            raise quantised_error(model, found)
         if not dequantise:
-            raise refuse(model, found, ELSEWHERE)
+            raise quantised_error(model, found, ELSEWHERE)
         quantised[model] = found
     return quantised
 

@@ -28,7 +28,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.copies import check_copies
 from mergekit_stf.host.architectures.all_weights import architecture_of
 from mergekit_stf.host.architectures.loading import ParameterNames, hollow_model
-from mergekit_stf.host.architectures.names import collapsed, kind_of
+from mergekit_stf.host.architectures.names import collapse_layers, kind_of
 from mergekit_stf.host.architectures.unused import listed_weights
 from mergekit_stf.host.checkpoints.weight_files import weight_files
 
@@ -67,8 +67,8 @@ def check_coverage(config: MergeConfiguration, options: MergeOptions) -> list[st
     for model, names in absent_weights(inputs).items():
         raise STFError(
             f"{model}: {len(names)} weights that the merge needs are not in the checkpoint: "
-            f"{collapsed(names)}. Models of one architecture and size can be merged; save this "
-            "one again with transformers, or leave it out."
+            f"{collapse_layers(names)}. Models of one architecture and size can be merged; save "
+            "this one again with transformers, or leave it out."
         )
     lost = lost_weights(inputs)
     if lost:
@@ -103,7 +103,7 @@ def absent_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
     return {model: names for model, names in absent.items() if names}
 
 
-def guard(
+def guard_planning(
     method: str, input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None
 ) -> None:
     """Check the coverage from within the host, which calls ``validate_inputs`` while it plans.
@@ -141,7 +141,7 @@ def guard(
 
 
 @contextmanager
-def unguarded() -> Iterator[None]:
+def suspend_guard() -> Iterator[None]:
     """Let the host plan without the guard.
 
     For a merge that writes what the host's table does not name, or whose coverage is checked.
@@ -199,7 +199,7 @@ def _report(lost: dict[ModelReference, list[str]]) -> None:
     (model, names), *others = lost.items()
     message = (
         f"{model}: {len(names)} weights would be missing from the merged model, because mergekit's "
-        f"table of this architecture does not name them: {collapsed(names)}"
+        f"table of this architecture does not name them: {collapse_layers(names)}"
         f"{f' (and weights of {len(others)} more inputs)' if others else ''}. Merge with "
         "mergekit-pytorch, which goes by the names in the files, or set "
         f"{ALLOW_LOSS}=1 to do without them."

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 
-def collapsed(names: Iterable[str]) -> str:
+def collapse_layers(names: Iterable[str]) -> str:
     """Name each kind of weight once, its layers as a star and a count."""
     kinds = Counter(map(kind_of, names))
     return ", ".join(f"{kind} ({n})" if "*" in kind else kind for kind, n in kinds.items())

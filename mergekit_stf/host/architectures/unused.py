@@ -27,7 +27,7 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_stf.host.architectures.loading import parameter_names
-from mergekit_stf.host.architectures.names import collapsed
+from mergekit_stf.host.architectures.names import collapse_layers
 from mergekit_stf.host.checkpoints.headers import stored_header
 
 COMPUTED = re.compile(
@@ -71,7 +71,7 @@ class Unused:
                 self.dropped
             ),
         }
-        parts = [f"{len(n)} are {fate}: {collapsed(n)}" for fate, n in fates.items() if n]
+        parts = [f"{len(n)} are {fate}: {collapse_layers(n)}" for fate, n in fates.items() if n]
         if not parts:
             return None
         return f"{self.base} holds tensors that {self.model_class} does not use; {'; '.join(parts)}"

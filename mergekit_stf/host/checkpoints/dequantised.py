@@ -60,7 +60,7 @@ class DequantisingLoader(LazyTensorLoader):
             found: Tensor | None = self._stored.get_tensor(key, device, aliases, raise_on_missing)
             return found
         values, scales = map(self._stored.get_tensor, self._found.pairs[names[0]])
-        return self._dequantised(names[0], values, scales).to(device)
+        return self._dequantise(names[0], values, scales).to(device)
 
     def header(self, name: str) -> Header:
         """Return shape and type of a tensor as `get_tensor` returns it."""
@@ -76,17 +76,17 @@ class DequantisingLoader(LazyTensorLoader):
         """Close the file that is open."""
         self._stored.flush()
 
-    def _dequantised(self, name: str, values: Tensor, scales: Tensor) -> Tensor:
+    def _dequantise(self, name: str, values: Tensor, scales: Tensor) -> Tensor:
         if self._found.kind == "mxfp4":
             made: Tensor = convert_moe_packed_tensors(values, scales, dtype=self._dtype)
             return made
         try:
-            return scaled(values, scales, self._block).to(self._dtype)
+            return apply_scales(values, scales, self._block).to(self._dtype)
         except ValueError as error:
             raise STFError(f"{self.index.base_path}: {name}: {error}") from error
 
 
-def scaled(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+def apply_scales(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """Return fp8 values times the scale of their block, row or tensor, in float32.
 
     Args:

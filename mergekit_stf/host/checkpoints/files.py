@@ -29,12 +29,12 @@ def sha256_of(path: Path) -> str:
         STFError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    for piece in pieces(path):
+    for piece in read_chunks(path):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def pieces(path: Path) -> Iterator[memoryview]:
+def read_chunks(path: Path) -> Iterator[memoryview]:
     """Yield a file's bytes, a few megabytes at a time, each in the memory of the one before.
 
     Raises:
@@ -81,7 +81,7 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; what is written there replaces ``path`` at once.
 
     The bytes are on the disk before the name changes, so that ``path`` holds the old contents
@@ -98,7 +98,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is either complete or as it was before."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -143,7 +143,7 @@ def sync(path: Path, forget: bool = False) -> None:
         os.close(descriptor)
 
 
-def inside(root: Path, name: str, links: bool = False) -> Path:
+def join_inside(root: Path, name: str, links: bool = False) -> Path:
     """Return ``root / name``, for a ``name`` that comes from a file that may be hostile.
 
     Args:

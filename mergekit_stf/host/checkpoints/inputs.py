@@ -18,7 +18,7 @@ from mergekit_stf.host.checkpoints.counts import check_counts
 from mergekit_stf.host.checkpoints.files import check_regular, read_text
 from mergekit_stf.host.checkpoints.weight_files import ADAPTER, MODEL, gguf_problem, weight_files
 from mergekit_stf.host.recipe.recipe import Recipe
-from mergekit_stf.host.recipe.yaml_text import first_line, shown
+from mergekit_stf.host.recipe.yaml_text import first_line, short_repr
 from mergekit_stf.text import printable
 
 WEIGHTS: Mapping[str, tuple[str, str]] = {"model": MODEL, "adapter": ADAPTER}
@@ -54,7 +54,7 @@ def input_models(config: MergeConfiguration, options: MergeOptions) -> list[Inpu
     """
     overridden = {r.model for r in config.referenced_models() if r.override_architecture}
     models = []
-    for path, kind in _parts(config).items():
+    for path, kind in _input_folders(config).items():
         folder = locate(path, options.transformers_cache)
         _check_entries(folder)
         held = {} if kind == "tokenizer" else weight_files(folder, WEIGHTS[kind])
@@ -65,20 +65,22 @@ def input_models(config: MergeConfiguration, options: MergeOptions) -> list[Inpu
     return sorted(models, key=lambda model: model.reference)
 
 
-def places(recipe: Recipe, options: MergeOptions) -> list[Path]:
+def input_places(recipe: Recipe, options: MergeOptions) -> list[Path]:
     """Return every place that a merge reads, without asking the network.
 
     These are the recipe's file, the local models and what links in them point to, and the folder
     in which hub models are kept.
     """
-    folders = [Path(path.path) for path in _parts(recipe.config) if os.path.isdir(path.path)]
+    folders = [
+        Path(path.path) for path in _input_folders(recipe.config) if os.path.isdir(path.path)
+    ]
     links = [path for folder in folders for path in folder.iterdir() if path.is_symlink()]
     hub = [Path(options.transformers_cache or HF_HUB_CACHE)]
     own = [recipe.path] if recipe.path else []
-    return [*own, *folders, *links, *hub * (len(folders) < len(_parts(recipe.config)))]
+    return [*own, *folders, *links, *hub * (len(folders) < len(_input_folders(recipe.config)))]
 
 
-def _parts(config: MergeConfiguration) -> dict[ModelPath, str]:
+def _input_folders(config: MergeConfiguration) -> dict[ModelPath, str]:
     """Return every folder that the host reads, and what it takes from there."""
     sources = [config.tokenizer_source, config.tokenizer.source if config.tokenizer else None]
     parts = {s.model: "tokenizer" for s in sources if isinstance(s, ModelReference)}
@@ -123,7 +125,7 @@ def _check_settings(folder: Path, kind: str, overridden: bool, weights: int) -> 
             return
         case other:
             raise STFError(
-                f"{path}: 'architectures' should name one class; got {shown(other)}; "
+                f"{path}: 'architectures' should name one class; got {short_repr(other)}; "
                 "save the model again with transformers"
             )
 

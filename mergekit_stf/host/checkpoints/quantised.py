@@ -21,7 +21,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.headers import EIGHT_BIT_FLOATS, stored_types
 from mergekit_stf.host.checkpoints.inputs import locate
 from mergekit_stf.host.checkpoints.weight_files import weight_files
-from mergekit_stf.host.recipe.yaml_text import shown
+from mergekit_stf.host.recipe.yaml_text import short_repr
 
 SIGNS: Mapping[str, str] = {
     "mxfp4": r"_blocks$",
@@ -78,7 +78,7 @@ class Quantised:
     pairs: Mapping[str, tuple[str, str]]
 
 
-def examine(model: ModelReference, options: MergeOptions) -> Quantised | None:
+def find_quantisation(model: ModelReference, options: MergeOptions) -> Quantised | None:
     """Say whether and how a model is quantised, from its file names, headers and configuration.
 
     Args:
@@ -100,7 +100,7 @@ def examine(model: ModelReference, options: MergeOptions) -> Quantised | None:
     return Quantised(kind, _pairs(folder, kind, types))
 
 
-def refuse(model: ModelReference, found: Quantised, remedy: str = REMEDY) -> STFError:
+def quantised_error(model: ModelReference, found: Quantised, remedy: str = REMEDY) -> STFError:
     """Return the error that names a model, its format and the way out."""
     return STFError(f"{model}: its weights are quantised ({found.kind}); {remedy}")
 
@@ -128,7 +128,7 @@ def _by_settings(folder: Path) -> str | None:
         found = [part[key] for key in KEYS if isinstance(part, dict) and part.get(key)]
         if found:
             method = found[0].get("quant_method") if isinstance(found[0], dict) else None
-            return METHODS.get(str(method), str(method or shown(found[0])))
+            return METHODS.get(str(method), str(method or short_repr(found[0])))
     return None
 
 

@@ -44,10 +44,10 @@ def write_shards(
     Raises:
         STFError: a type that safetensors cannot hold.
     """
-    shards = _filled(headers, limit)
+    shards = _fill_shards(headers, limit)
     files = ["model.safetensors"]
     if len(shards) > 1:
-        files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _counted(shards)]
+        files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _numbers(shards)]
     for file, shard in zip(files, shards, strict=True):
         _write(out / file, shard, pieces)
     if len(shards) > 1:
@@ -58,11 +58,11 @@ def write_shards(
         (out / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _counted(shards: list[dict[str, Header]]) -> range:
+def _numbers(shards: list[dict[str, Header]]) -> range:
     return range(1, len(shards) + 1)
 
 
-def _filled(headers: dict[str, Header], limit: int) -> list[dict[str, Header]]:
+def _fill_shards(headers: dict[str, Header], limit: int) -> list[dict[str, Header]]:
     shards: list[dict[str, Header]] = [{}]
     filled = 0
     for name, header in headers.items():
@@ -137,7 +137,7 @@ class SyncedFile:
         self._file.write(data)
         self._waiting += data.nbytes
         if self._waiting >= SYNCED and (self._sync is None or self._sync.done()):
-            self._taken()
+            self._wait()
             self._sync = self._pool.submit(os.fsync, self._file.fileno())
             self._waiting = 0
 
@@ -150,13 +150,13 @@ class SyncedFile:
         """Close the file; unless an error is under way, its last bytes are on the disk then."""
         try:
             if error is None:
-                self._taken()
+                self._wait()
                 self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
             self._pool.shutdown()
             self._file.close()
 
-    def _taken(self) -> None:
+    def _wait(self) -> None:
         if self._sync is not None:
             self._sync.result()

@@ -40,6 +40,6 @@ class StoredTensor:
         return tensor
 
 
-def loaded(source: Tensor | StoredTensor) -> Tensor:
+def as_tensor(source: Tensor | StoredTensor) -> Tensor:
     """Return a tensor, read if it is only named."""
     return source.load() if isinstance(source, StoredTensor) else source

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.checkpoints.files import check_regular, inside, read_text
+from mergekit_stf.host.checkpoints.files import check_regular, join_inside, read_text
 from mergekit_stf.host.recipe.yaml_text import first_line
 from mergekit_stf.text import printable
 
@@ -106,7 +106,9 @@ def _pickled_names(path: Path) -> frozenset[str]:
 
 def _sharded(index: Path, single: Path) -> dict[str, frozenset[str]]:
     places = _places(index)
-    files = {name: inside(index.parent, name, links=True) for name in sorted({*places.values()})}
+    files = {
+        name: join_inside(index.parent, name, links=True) for name in sorted({*places.values()})
+    }
     if single.exists() and list(files) != [single.name]:
         raise STFError(
             f"{single.parent} holds both {single.name} and {index.name}, and programs differ in "

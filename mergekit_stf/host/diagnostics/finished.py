@@ -98,7 +98,7 @@ class Finished:
                 f"{path} is missing: merge with mergekit-stf merge, or set "
                 f"{diagnostics.VARIABLE}=FILE for mergekit-yaml and give --diagnostics FILE"
             )
-        return diagnostics.read(path)
+        return diagnostics.read_records(path)
 
     def weight(self, name: str) -> torch.Tensor | None:
         """Return a weight as it was written, None where the output has no such weight."""

@@ -69,19 +69,19 @@ class Notices:
 
 
 @functools.cache
-def once(text: str) -> None:
+def say_once(text: str) -> None:
     """Say something once in this process, where it belongs to no merge of ours."""
     LOG.warning("%s", text)
 
 
-def ill_posed(record: Record) -> Iterator[Notice]:
+def find_ill_posed(record: Record) -> Iterator[Notice]:
     """Yield a notice where the system of a weight was damped."""
     if record.cutoff:
-        pairs = tuple(near_duplicates(record))
+        pairs = tuple(find_near_duplicates(record))
         yield Notice(ILL_POSED, f"{record.name}: {_explanation(pairs)}", pairs)
 
 
-def near_duplicates(record: Record) -> Iterator[tuple[str, str]]:
+def find_near_duplicates(record: Record) -> Iterator[tuple[str, str]]:
     """Yield the pairs of models whose task matrices point the same or the opposite way.
 
     The names of a pair are sorted, because the order of tasks differs between weights.

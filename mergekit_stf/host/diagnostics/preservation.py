@@ -17,9 +17,9 @@ from mergekit.merge_methods.api import merge_tensors
 from mergekit_stf.core import LowRank, STFError
 from mergekit_stf.core.features import kept_rank
 from mergekit_stf.core.tolerances import RANK
-from mergekit_stf.host.merging.differences import differences
+from mergekit_stf.host.merging.differences import form_differences
 from mergekit_stf.host.merging.job import merge_matrix
-from mergekit_stf.host.merging.parts import parts
+from mergekit_stf.host.merging.parts import locate_parts
 from mergekit_stf.host.planning.planned import PlannedWeight
 
 RIVALS = ("linear", "task_arithmetic", "ties")
@@ -47,7 +47,7 @@ class Preservation:
 
 
 @dataclass(frozen=True)
-class Features:
+class TaskFeatures:
     """The features of one task in float64: ``U`` (m×r), ``s`` (r) and ``Vh`` (r×n)."""
 
     U: torch.Tensor
@@ -60,7 +60,7 @@ class Features:
         return self.s * (response - self.s).abs()
 
 
-def measure(
+def measure_preservation(
     weight: PlannedWeight, written: torch.Tensor | None = None, device: str = "cpu"
 ) -> Preservation:
     """Measure one weight for its own method and, on the same inputs, for methods of the host.
@@ -77,19 +77,21 @@ def measure(
     job, compute = weight.job(base, tuned), torch.promote_types(weight.dtype, torch.float32)
     merged = {weight.method: _whole(merge_matrix(job).M)}
     for name in RIVALS:
-        merged[name] = _rival(name, base.to(compute), [P.to(compute) for P in tuned], weight)
+        merged[name] = _merge_by_host(
+            name, base.to(compute), [P.to(compute) for P in tuned], weight
+        )
     if written is not None and weight.shared["lambda"]:
         merged[STORED] = (written.to(device).double() - base.double()) / weight.shared["lambda"]
     rank = weight.options.get("rank", 1.0)
     measured = [
         _measure_matrix(
-            [_features(_whole(M), rank) for M in differences(job, index)],
+            [_decompose(_whole(M), rank) for M in form_differences(job, index)],
             {name: M[index] for name, M in merged.items()},
             weight,
         )
-        for index, _ in parts(weight.name, base.shape, job.split, job.is_whole)
+        for index, _ in locate_parts(weight.name, base.shape, job.split, job.is_whole)
     ]
-    return _joined(measured)
+    return _average(measured)
 
 
 def _whole(M: torch.Tensor | LowRank) -> torch.Tensor:
@@ -103,7 +105,7 @@ def _load(weight: PlannedWeight, model: ModelReference, device: str) -> torch.Te
     return tensor.to(device)
 
 
-def _rival(
+def _merge_by_host(
     name: str, base: torch.Tensor, tuned: Sequence[torch.Tensor], weight: PlannedWeight
 ) -> torch.Tensor:
     if name == "linear":
@@ -118,7 +120,7 @@ def _rival(
 
 
 def _measure_matrix(
-    features: Sequence[Features], merged: dict[str, torch.Tensor], weight: PlannedWeight
+    features: Sequence[TaskFeatures], merged: dict[str, torch.Tensor], weight: PlannedWeight
 ) -> Preservation:
     total = sum(task.s.numel() for task in features)
     squares = sum(float(task.s.square().sum()) for task in features)
@@ -129,14 +131,14 @@ def _measure_matrix(
     return Preservation(weight.name, weight.method, total, squares / max(1, total), errors)
 
 
-def _features(delta: torch.Tensor, rank: float) -> Features:
+def _decompose(delta: torch.Tensor, rank: float) -> TaskFeatures:
     U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
     kept = kept_rank((delta.shape[0], delta.shape[1]), rank)
     count = min(kept, int(torch.count_nonzero(s > RANK * s[0])))
-    return Features(U[:, :count], s[:count], Vh[:count])
+    return TaskFeatures(U[:, :count], s[:count], Vh[:count])
 
 
-def _joined(parts: list[Preservation]) -> Preservation:
+def _average(parts: list[Preservation]) -> Preservation:
     """Average the matrices of one weight, each feature counting once."""
     total = sum(part.features for part in parts)
     share = [part.features / max(1, total) for part in parts]

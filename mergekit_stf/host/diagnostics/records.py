@@ -15,7 +15,7 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.record import Record
 from mergekit_stf.host.checkpoints.files import read_text
 
-__all__ = ["FILE_NAME", "VARIABLE", "Record", "Recorder", "from_json", "read", "to_json"]
+__all__ = ["FILE_NAME", "VARIABLE", "Record", "Recorder", "from_json", "read_records", "to_json"]
 
 FILE_NAME = "stf-diagnostics.jsonl"
 VARIABLE = "MERGEKIT_STF_DIAGNOSTICS"
@@ -68,7 +68,7 @@ def from_json(text: str) -> Record:
     return record
 
 
-def read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     """Read the records of a merge, in the order in which its weights were merged.
 
     Raises:

@@ -13,11 +13,11 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_stf.host.checkpoints.headers import stored_header
-from mergekit_stf.host.compat import opened
+from mergekit_stf.host.compat import find_loader
 from mergekit_stf.host.diagnostics.notices import Notice
 
 
-def rounded_inputs(name: str, entries: Iterable[TensorEntry]) -> Iterator[Notice]:
+def find_rounded_inputs(name: str, entries: Iterable[TensorEntry]) -> Iterator[Notice]:
     """Yield a notice for each model whose tensor came with less precision than it is stored with.
 
     Tensors that no checkpoint of the host holds under this name are passed over.
@@ -29,7 +29,7 @@ def rounded_inputs(name: str, entries: Iterable[TensorEntry]) -> Iterator[Notice
     for entry in entries:
         if not isinstance(entry.id, ModelReference) or not entry.tensor.is_floating_point():
             continue
-        loader, dtype = opened(entry.id), entry.tensor.dtype
+        loader, dtype = find_loader(entry.id), entry.tensor.dtype
         if loader is None or name not in loader.index.tensor_paths:
             continue
         stored = stored_header(loader, name).dtype

@@ -23,7 +23,7 @@ from mergekit_stf.host.adapters.read import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from mergekit_stf.host.lora.jobs import AdapterJobs
 from mergekit_stf.host.lora.plan import AdapterPlan, TouchedWeight
 from mergekit_stf.host.lora.recipe import base_of
-from mergekit_stf.host.merging.finite import rounded
+from mergekit_stf.host.merging.finite import round_weight
 from mergekit_stf.host.merging.job import scale_of
 
 
@@ -74,7 +74,7 @@ def write_adapter(
         matrix = _factors(jobs, stored, touched, max_rank)
         if matrix is None or not matrix.rank:
             continue
-        module, matrix = _shortened(touched.name.removesuffix(".weight"), matrix, max_rank)
+        module, matrix = _truncate_module(touched.name.removesuffix(".weight"), matrix, max_rank)
         modules.append(module)
         oriented = matrix.transposed if touched.transposed else matrix
         tensors.update(_tensors(module.name, oriented, touched.embedding, dtype))
@@ -97,14 +97,14 @@ def _factors(
     planned = touched.planned
     if len(planned.header.shape) != 2 or not touched.name.endswith(".weight"):
         raise STFError(f"{planned.name}: no adapter can hold it; write a full model instead")
-    found = jobs.merged(stored)
+    found = jobs.merge_matrix(stored)
     if found is None:
         return None
     job, merged = found
     M = merged.M
     if isinstance(M, Tensor):
         M = LowRank(M.double(), torch.eye(M.shape[1], dtype=torch.float64))
-    delta = M.scaled(scale_of(job))
+    delta = M.times(scale_of(job))
     if max_rank is not None or delta.rank <= _rank_sum(touched):
         return delta
     raise STFError(
@@ -119,15 +119,15 @@ def _rank_sum(touched: TouchedWeight) -> int:
     return sum(0 if c.factors is None else c.factors.rank for c in changes)
 
 
-def _shortened(name: str, matrix: LowRank, max_rank: int | None) -> tuple[Module, LowRank]:
+def _truncate_module(name: str, matrix: LowRank, max_rank: int | None) -> tuple[Module, LowRank]:
     limit = min(*matrix.shape, max_rank or matrix.rank)
     if matrix.rank <= limit:
         return Module(name, matrix.rank, 0.0, matrix.norm), matrix
-    short, dropped = truncated(matrix, limit)
+    short, dropped = truncate(matrix, limit)
     return Module(name, short.rank, dropped, matrix.norm), short
 
 
-def truncated(matrix: LowRank, rank: int) -> tuple[LowRank, float]:
+def truncate(matrix: LowRank, rank: int) -> tuple[LowRank, float]:
     """Return the best approximation of at most this rank, and its error.
 
     Returns:
@@ -145,7 +145,9 @@ def _tensors(
     if embedding:
         A, B = ("lora_embedding_A", "lora_embedding_B")
     factors = {f"{PREFIX}{module}.{A}": matrix.right, f"{PREFIX}{module}.{B}": matrix.left}
-    return {name: rounded(name, factor, dtype).contiguous() for name, factor in factors.items()}
+    return {
+        name: round_weight(name, factor, dtype).contiguous() for name, factor in factors.items()
+    }
 
 
 def _config(plan: AdapterPlan, base: ModelReference, modules: list[Module]) -> LoraConfig:

@@ -11,9 +11,9 @@ from mergekit_stf.core import Merged, methods
 from mergekit_stf.host.checkpoints.stored import StoredTensor
 from mergekit_stf.host.lora.plan import AdapterPlan, Change, TouchedWeight
 from mergekit_stf.host.merging.desk import Desk
-from mergekit_stf.host.merging.finite import copied, is_finite
-from mergekit_stf.host.merging.job import Task, WeightJob, pieces
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.finite import copy_weight, is_finite
+from mergekit_stf.host.merging.job import Task, WeightJob, finish_in_blocks
+from mergekit_stf.host.merging.split import parse_split
 from mergekit_stf.host.plugin.groups import input_axis_of
 
 Found = tuple[WeightJob, Merged]
@@ -35,7 +35,7 @@ class AdapterJobs:
         self.plan, self.desk = plan, desk
         self.infinite: list[str] = []
 
-    def merged(self, stored: str, out_dtype: torch.dtype | None = None) -> Found | None:
+    def merge_matrix(self, stored: str, out_dtype: torch.dtype | None = None) -> Found | None:
         """Merge what the adapters do to a weight, None where they do nothing.
 
         A low-rank update without trimming stays in its factors. Trimming needs the whole matrix,
@@ -51,17 +51,17 @@ class AdapterJobs:
         weight = self.plan.touched.get(stored)
         if weight is None or weight.planned.rule == "base":
             return None
-        job = job_of(self.plan, weight, stored, out_dtype)
-        return job, self.desk.merge(job)
+        job = make_adapter_job(self.plan, weight, stored, out_dtype)
+        return job, self.desk.merge_matrix(job)
 
-    def pieces(
+    def finish_in_blocks(
         self, stored: str, found: Found | None, base: Tensor, dtype: torch.dtype
     ) -> Iterator[Tensor]:
         """Yield a weight of the merged model, in blocks of rows, each valid until the next.
 
         Args:
             stored: the weight's name in the base's checkpoint.
-            found: what ``merged`` has returned for it.
+            found: what ``merge_matrix`` has returned for it.
             base: its tensor.
             dtype: the type of the result.
 
@@ -70,16 +70,16 @@ class AdapterJobs:
                 type.
         """
         if found is not None:
-            yield from pieces(*found)
+            yield from finish_in_blocks(*found)
             return
-        tensor, notices = copied(stored, base, dtype, self.plan.base)
+        tensor, notices = copy_weight(stored, base, dtype, self.plan.base)
         self.desk.notices.say(notices)
         if not is_finite(tensor):
             self.infinite.append(stored)
         yield tensor
 
 
-def job_of(
+def make_adapter_job(
     plan: AdapterPlan, weight: TouchedWeight, stored: str, out_dtype: torch.dtype | None
 ) -> WeightJob:
     """Return the job of a weight that adapters touch, its tasks in the order of the recipe.
@@ -105,7 +105,7 @@ def job_of(
         options=planned.options,
         rule=planned.shared["rule"],
         scale=float(planned.shared["lambda"]),
-        split=parse(planned.shared["split"]),
+        split=parse_split(planned.shared["split"]),
         input_axis=input_axis_of(methods.get(planned.method), plan.base, stored),
         out_dtype=out_dtype,
         base_model=plan.base,

@@ -65,13 +65,15 @@ def write_model(
     progress = tqdm(total=len(headers), disable=options.quiet)
 
     def merged(name: str) -> Found | None:
-        return jobs.merged(name, headers[name].dtype)
+        return jobs.merge_matrix(name, headers[name].dtype)
 
     with progress, _one_core_each(plan), Ahead(headers, merged) as ahead:
 
         def pieces(name: str) -> Iterator[Tensor]:
             found = ahead.take(name)
-            yield from jobs.pieces(name, found, loader.get_tensor(name), headers[name].dtype)
+            yield from jobs.finish_in_blocks(
+                name, found, loader.get_tensor(name), headers[name].dtype
+            )
             progress.update()
 
         write_shards(headers, pieces, out, options.out_shard_size)

@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.host.adapters.placing import by_stored_names, module_name, placed_adapter
+from mergekit_stf.host.adapters.placing import module_name, place_adapter, use_stored_names
 from mergekit_stf.host.adapters.read import Adapter, Update, read_adapter
-from mergekit_stf.host.architectures.coverage import unguarded
+from mergekit_stf.host.architectures.coverage import suspend_guard
 from mergekit_stf.host.architectures.loading import ParameterNames, hollow_model
 from mergekit_stf.host.checkpoints.inputs import input_models, locate
 from mergekit_stf.host.compat import close_checkpoints, no_init_weights
-from mergekit_stf.host.lora.recipe import adapter_paths, base_of, on_base
+from mergekit_stf.host.lora.recipe import adapter_paths, base_of, replace_adapters
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
 
 
@@ -87,17 +87,17 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     cache = options.transformers_cache
     adapters = tuple(read_adapter(path, cache) for path in adapter_paths(config))
     input_models(config, options)
-    local = on_base(config, str(locate(base_of(config).model, cache)))
+    local = replace_adapters(config, str(locate(base_of(config).model, cache)))
     close_checkpoints()
     base = base_of(local)
-    with unguarded():
+    with suspend_guard():
         planned = _stored(plan_weights(local, options), base)
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
     model = hollow_model(base.config(options.trust_remote_code))
     loader = None if model is None else ParameterNames(model)
-    placed = [placed_adapter(adapter, planned, names, loader, base) for adapter in adapters]
+    placed = [place_adapter(adapter, planned, names, loader, base) for adapter in adapters]
     modules = {names[n]: module_name(n, names[n], loader) for a in placed for n in a.weights}
-    adapters = tuple(by_stored_names(adapter, names) for adapter in placed)
+    adapters = tuple(use_stored_names(adapter, names) for adapter in placed)
     conv1d = lru_cache(lambda: _conv1d_modules(base, options.trust_remote_code))
     touched = {
         stored: _touched(planned[stored], stored, module, adapters, conv1d)

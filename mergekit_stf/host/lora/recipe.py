@@ -17,7 +17,7 @@ def adapter_paths(config: MergeConfiguration) -> list[ModelPath]:
         STFError: the recipe is not a method of ours over ``models:`` that are all
             ``base+adapter`` with the ``base_model`` as their base, or it changes the vocabulary.
     """
-    if not methods.known(config.merge_method):
+    if not methods.is_known(config.merge_method):
         raise STFError(
             f"merge_method {config.merge_method!r}: adapters are merged by the methods "
             f"{', '.join(methods.names())} only"
@@ -43,7 +43,7 @@ def base_of(config: MergeConfiguration) -> ModelReference:
     return config.base_model
 
 
-def on_base(config: MergeConfiguration, folder: str) -> MergeConfiguration:
+def replace_adapters(config: MergeConfiguration, folder: str) -> MergeConfiguration:
     """Return the recipe with every adapter replaced by its base, which has the same weights' names.
 
     The host tells models apart by their paths, so each adapter gets another spelling of the

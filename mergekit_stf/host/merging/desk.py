@@ -14,13 +14,13 @@ import torch
 
 from mergekit_stf.core import Merged, Record
 from mergekit_stf.host.diagnostics.memory import peak_device, peak_rss
-from mergekit_stf.host.diagnostics.notices import Notice, Notices, ill_posed
+from mergekit_stf.host.diagnostics.notices import Notice, Notices, find_ill_posed
 from mergekit_stf.host.diagnostics.records import VARIABLE, Recorder
 from mergekit_stf.host.merging.job import (
     WeightJob,
     WeightResult,
-    check,
-    copy,
+    check_inputs,
+    copy_base,
     finish,
     is_copied,
     merge_matrix,
@@ -58,35 +58,35 @@ class Desk:
         job = with_tensors(job)
         started = time.perf_counter()
         if is_copied(job):
-            result = copy(job)
+            result = copy_base(job)
         else:
             shelf = None if self.store is None or not takes(job) else Shelf(self.store, job)
             merged = None if shelf is None else shelf.get()
             if merged is None:
-                check(job)
+                check_inputs(job)
                 with self._precision.full():
                     merged = merge_matrix(job)
                 if shelf is not None:
                     shelf.put(merged)
             result = finish(job, merged)
-        self._note(result.record, result.notices, started, result.tensor.device)
+        self._write_down(result.record, result.notices, started, result.tensor.device)
         return result
 
-    def merge(self, job: WeightJob) -> Merged:
+    def merge_matrix(self, job: WeightJob) -> Merged:
         """Merge one weight up to the matrix, which the caller adds to the base.
 
         Raises:
             STFError: as ``job.merge_matrix``.
         """
         started = time.perf_counter()
-        check(job)
+        check_inputs(job)
         with self._precision.full():
             merged = merge_matrix(job)
         record = record_of(job, merged)
-        self._note(record, (*job.notices, *ill_posed(record)), started, job.base.device)
+        self._write_down(record, (*job.notices, *find_ill_posed(record)), started, job.base.device)
         return merged
 
-    def _note(
+    def _write_down(
         self,
         record: Record | None,
         notices: tuple[Notice, ...],
@@ -108,7 +108,7 @@ class Desk:
 Environment = tuple[str | None, ...]
 
 
-def environment() -> Environment:
+def read_environment() -> Environment:
     """Return what the environment says now of where to store and to record."""
     return tuple(map(os.environ.get, (VARIABLE, STORE, STORE_SIZE)))
 

@@ -19,7 +19,7 @@ WIDER = (torch.bfloat16, torch.float64)
 """What to write instead, the first that holds the value: bfloat16 reaches as far as float32."""
 
 
-def rounded(
+def round_weight(
     name: str, x: Tensor, dtype: torch.dtype, inputs: Sequence[tuple[str, Tensor]] = ()
 ) -> Tensor:
     """Return a weight in the type in which it is written.
@@ -41,7 +41,7 @@ def rounded(
     return x.to(dtype)
 
 
-def copied(
+def copy_weight(
     name: str, x: Tensor, dtype: torch.dtype, model: Hashable
 ) -> tuple[Tensor, tuple[Notice, ...]]:
     """Return a weight as a model has it, in the type in which it is written, and what to say of it.
@@ -62,7 +62,7 @@ def copied(
         kind = kind_of(name)
         text = f"{kind} holds infinite entries in the base and is no parameter; it is copied"
         return x.to(dtype), (Notice(f"infinite {kind}", text),)
-    return rounded(name, x, dtype, [("base_model", x)]), ()
+    return round_weight(name, x, dtype, [("base_model", x)]), ()
 
 
 def is_finite(x: Tensor) -> bool:

@@ -19,12 +19,12 @@ from mergekit_stf.core.methods import Kind, Method
 from mergekit_stf.core.methods.method import BASE, MEAN, MERGE
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.host.checkpoints.content import same_bits
-from mergekit_stf.host.checkpoints.stored import StoredTensor, loaded
-from mergekit_stf.host.diagnostics.notices import Notice, ill_posed
-from mergekit_stf.host.merging.differences import task_matrices, total
-from mergekit_stf.host.merging.finite import check_finite, check_type, copied, rounded
-from mergekit_stf.host.merging.parts import Assembly, added_to, parts
-from mergekit_stf.host.merging.records import joined
+from mergekit_stf.host.checkpoints.stored import StoredTensor, as_tensor
+from mergekit_stf.host.diagnostics.notices import Notice, find_ill_posed
+from mergekit_stf.host.merging.differences import sum_differences, task_matrices
+from mergekit_stf.host.merging.finite import check_finite, check_type, copy_weight, round_weight
+from mergekit_stf.host.merging.parts import Assembly, add_to_base, locate_parts
+from mergekit_stf.host.merging.records import join_records
 from mergekit_stf.host.merging.split import Split
 
 
@@ -85,9 +85,9 @@ class WeightJob:
     notices: tuple[Notice, ...] = ()
 
     @property
-    def applied_rule(self) -> str:
+    def resolved_rule(self) -> str:
         """The rule that merges the weight: ``merge``, ``sum``, ``mean`` or ``base``."""
-        return applied_rule(methods.get(self.method), self.kind, self.rule)
+        return resolve_rule(methods.get(self.method), self.kind, self.rule)
 
     @property
     def is_whole(self) -> bool:
@@ -120,7 +120,7 @@ class WeightResult:
     notices: tuple[Notice, ...] = ()
 
 
-def applied_rule(method: Method, kind: Kind, rule: str) -> str:
+def resolve_rule(method: Method, kind: Kind, rule: str) -> str:
     """Return what a recipe's rule means for a weight: ``merge``, ``sum``, ``mean`` or ``base``.
 
     Args:
@@ -133,7 +133,7 @@ def applied_rule(method: Method, kind: Kind, rule: str) -> str:
     return MERGE if rule in (MERGE, "superpose") else rule
 
 
-def shown_rule(method: Method, applied: str) -> str:
+def rule_label(method: Method, applied: str) -> str:
     """Return a rule as tables and records call it: the method's own by the method's word for it."""
     return method.own_rule if applied == MERGE else applied
 
@@ -146,35 +146,35 @@ def merge_weight(job: WeightJob) -> WeightResult:
     """
     job = with_tensors(job)
     if is_copied(job):
-        return copy(job)
-    check(job)
+        return copy_base(job)
+    check_inputs(job)
     return finish(job, merge_matrix(job))
 
 
 def with_tensors(job: WeightJob) -> WeightJob:
     """Return the job with the tensors that it only named."""
     tasks = tuple(
-        task if task.tuned is None else replace(task, tuned=loaded(task.tuned))
+        task if task.tuned is None else replace(task, tuned=as_tensor(task.tuned))
         for task in job.tasks
     )
-    return replace(job, base=loaded(job.base), tasks=tasks)
+    return replace(job, base=as_tensor(job.base), tasks=tasks)
 
 
 def is_copied(job: WeightJob) -> bool:
     """Say whether the base is written as it is: by the rule, or as no model differs from it."""
-    return job.applied_rule == BASE or is_unchanged(job)
+    return job.resolved_rule == BASE or is_unchanged(job)
 
 
 def is_unchanged(job: WeightJob) -> bool:
     """Say whether every model has the bits of the base."""
     return all(
         task.delta is None
-        and (task.tuned is None or same_bits(loaded(task.tuned), loaded(job.base)))
+        and (task.tuned is None or same_bits(as_tensor(task.tuned), as_tensor(job.base)))
         for task in job.tasks
     )
 
 
-def copy(job: WeightJob) -> WeightResult:
+def copy_base(job: WeightJob) -> WeightResult:
     """Write the base as it is.
 
     Raises:
@@ -183,12 +183,12 @@ def copy(job: WeightJob) -> WeightResult:
     if not is_unchanged(job):
         check_type(job.name, job.base.dtype)
         check_finite(job.name, _tuned(job))
-    base = loaded(job.base)
-    tensor, notices = copied(job.name, base, job.written_dtype, job.base_model)
+    base = as_tensor(job.base)
+    tensor, notices = copy_weight(job.name, base, job.written_dtype, job.base_model)
     return WeightResult(tensor, notices=(*job.notices, *notices))
 
 
-def check(job: WeightJob) -> None:
+def check_inputs(job: WeightJob) -> None:
     """Refuse types that hold no merged weight, and values that are not finite.
 
     Raises:
@@ -196,7 +196,7 @@ def check(job: WeightJob) -> None:
     """
     check_type(job.name, job.base.dtype)
     if tuned := _tuned(job):
-        check_finite(job.name, [("base_model", loaded(job.base)), *tuned])
+        check_finite(job.name, [("base_model", as_tensor(job.base)), *tuned])
 
 
 def merge_matrix(job: WeightJob) -> Merged:
@@ -205,20 +205,20 @@ def merge_matrix(job: WeightJob) -> Merged:
     The experts of a stack, and the maps of a fused projection, are merged one after another.
 
     Args:
-        job: one that passes ``check``.
+        job: one that passes ``check_inputs``.
 
     Raises:
         STFError: the shape is not one that the method merges, or ``split`` does not fit it.
     """
     with full_precision(), torch.no_grad():
-        if job.applied_rule != MERGE:
-            return Merged(total(job), Record())
+        if job.resolved_rule != MERGE:
+            return Merged(sum_differences(job), Record())
         method, whole, records = methods.get(job.method), Assembly(tuple(job.base.shape)), []
-        for index, name in parts(job.name, job.base.shape, job.split, job.is_whole):
+        for index, name in locate_parts(job.name, job.base.shape, job.split, job.is_whole):
             found = method.merge(task_matrices(job, index, name), job.options)
             whole.put(index, found.M)
             records.append(found.record)
-        return Merged(whole.M, joined(records))
+        return Merged(whole.M, join_records(records))
 
 
 def finish(job: WeightJob, merged: Merged) -> WeightResult:
@@ -227,26 +227,26 @@ def finish(job: WeightJob, merged: Merged) -> WeightResult:
     Raises:
         STFError: an entry of the result is too large for its type.
     """
-    blocks = [block.clone() for block in pieces(job, merged)]
+    blocks = [block.clone() for block in finish_in_blocks(job, merged)]
     tensor = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     record = record_of(job, merged)
-    return WeightResult(tensor, record, (*job.notices, *ill_posed(record)))
+    return WeightResult(tensor, record, (*job.notices, *find_ill_posed(record)))
 
 
-def pieces(job: WeightJob, merged: Merged) -> Iterator[Tensor]:
+def finish_in_blocks(job: WeightJob, merged: Merged) -> Iterator[Tensor]:
     """Yield the merged weight in blocks of rows, each valid until the next.
 
     Raises:
         STFError: as ``finish``.
     """
-    base = loaded(job.base)
-    for block in added_to(base, merged.M, scale_of(job), job.compute_dtype):
-        yield rounded(job.name, block, job.written_dtype, [("base_model", base)])
+    base = as_tensor(job.base)
+    for block in add_to_base(base, merged.M, scale_of(job), job.compute_dtype):
+        yield round_weight(job.name, block, job.written_dtype, [("base_model", base)])
 
 
 def scale_of(job: WeightJob) -> float:
     """Return the factor of M: lambda, or for the rule ``mean`` one over the number of models."""
-    return 1 / len(job.tasks) if job.applied_rule == MEAN else job.scale
+    return 1 / len(job.tasks) if job.resolved_rule == MEAN else job.scale
 
 
 def record_of(job: WeightJob, merged: Merged) -> Record:
@@ -255,11 +255,11 @@ def record_of(job: WeightJob, merged: Merged) -> Record:
         merged.record,
         name=job.name,
         method=job.method,
-        rule=shown_rule(methods.get(job.method), job.applied_rule),
+        rule=rule_label(methods.get(job.method), job.resolved_rule),
         shape=tuple(job.base.shape),
         models=tuple(task.label for task in job.tasks),
     )
 
 
 def _tuned(job: WeightJob) -> list[tuple[str, Tensor]]:
-    return [(task.label, loaded(task.tuned)) for task in job.tasks if task.tuned is not None]
+    return [(task.label, as_tensor(task.tuned)) for task in job.tasks if task.tuned is not None]

@@ -19,7 +19,7 @@ BLOCK = 2**18
 """Entries of a block of rows, 1 MB in float32: smaller than a core's share of the cache."""
 
 
-def parts(
+def locate_parts(
     name: str, shape: Sequence[int], split: Split | None, whole: bool = False
 ) -> Iterator[tuple[Index, str]]:
     """Yield where each matrix of a weight lies, and its name for messages.
@@ -53,7 +53,7 @@ def parts(
         yield from ((place, f"{name}[{number}]") for number, place in enumerate(places))
 
 
-def part(matrix: Tensor | LowRank, index: Index) -> Tensor | LowRank:
+def take_part(matrix: Tensor | LowRank, index: Index) -> Tensor | LowRank:
     """Return the part at an index, in factors where the whole is."""
     if isinstance(matrix, Tensor):
         return matrix[index]
@@ -91,7 +91,7 @@ class Assembly:
         if index == ():
             self.M = M.reshape(self.shape) if isinstance(M, Tensor) else M
         elif isinstance(M, LowRank):
-            placed = self._placed(index, M)
+            placed = self._place(index, M)
             first = isinstance(self.M, Tensor) or not self.M.rank
             self.M = placed if first else sum_of([self.M, placed])  # type: ignore[list-item]
         else:
@@ -99,7 +99,7 @@ class Assembly:
                 self.M = M.new_zeros(self.shape)
             self.M[index] = M
 
-    def _placed(self, index: Index, M: LowRank) -> LowRank:
+    def _place(self, index: Index, M: LowRank) -> LowRank:
         rows, columns = _rows_and_columns(index)
         left = M.left.new_zeros(self.shape[0], M.rank)
         right = M.right.new_zeros(M.rank, self.shape[1])
@@ -107,7 +107,7 @@ class Assembly:
         return LowRank(left, right)
 
 
-def added_to(
+def add_to_base(
     base: Tensor, M: Tensor | LowRank, scale: float, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """Yield ``base + scale M``, whole, or in blocks of rows where M is in factors.

@@ -12,7 +12,7 @@ import torch
 from mergekit_stf.core import Record
 
 
-def joined(records: Sequence[Record]) -> Record:
+def join_records(records: Sequence[Record]) -> Record:
     """Return the record of a weight whose matrices were merged one by one.
 
     Lengths and interference are those of the whole; the solve is described by the matrix that needs
@@ -29,12 +29,12 @@ def joined(records: Sequence[Record]) -> Record:
         worst,
         kept=tuple(sum(counts) for counts in zip(*kept, strict=True)),
         converged=None if worst.converged is None else all(r.converged for r in records),
-        facts={name: most(r.facts.get(name) for r in records) for name in worst.facts},
+        facts={name: largest_known(r.facts.get(name) for r in records) for name in worst.facts},
         **{
-            name: most(getattr(record, name) for record in records)
+            name: largest_known(getattr(record, name) for record in records)
             for name in ("iterations", "residual", "energy", "ridge", "cutoff")
         },
-        **_lengths(records),
+        **_join_norms(records),
     )
 
 
@@ -42,22 +42,22 @@ def sorted_by_model(record: Record) -> Record:
     """Return the record with its tasks in the order of their models' names."""
     order = sorted(range(len(record.models)), key=record.models.__getitem__)
 
-    def taken(values: Sequence[Any]) -> tuple[Any, ...]:
+    def reorder(values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(values[task] for task in order) if values else ()
 
     lists: dict[str, Any] = {
-        name: taken(getattr(record, name))
+        name: reorder(getattr(record, name))
         for name in ("models", "routes", "kept", "spectra", "norms")
     }
-    return replace(record, cosine=taken([taken(row) for row in record.cosine]), **lists)
+    return replace(record, cosine=reorder([reorder(row) for row in record.cosine]), **lists)
 
 
-def most(values: Iterable[Any]) -> Any:
+def largest_known(values: Iterable[Any]) -> Any:
     """Return the largest of the values that are known, None if none is."""
     return max((value for value in values if value is not None), default=None)
 
 
-def _lengths(records: Sequence[Record]) -> dict[str, Any]:
+def _join_norms(records: Sequence[Record]) -> dict[str, Any]:
     """Return the lengths of the whole and its cosines: squares and inner products add up."""
     if not all(record.norms for record in records):
         return {}

@@ -66,7 +66,7 @@ class Split:
         return (length // self.sizes[0],) * self.sizes[0]
 
 
-def parse(value: object) -> Split | None:
+def parse_split(value: object) -> Split | None:
     """Read ``none``, ``rows 2``, ``columns 3``, ``rows 32,8,8`` or ``rows 3 in 12``.
 
     Raises:

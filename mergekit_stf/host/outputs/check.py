@@ -21,11 +21,11 @@ from transformers import AutoConfig, PretrainedConfig
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.architectures.coverage import ALLOW_LOSS
 from mergekit_stf.host.architectures.loading import ParameterNames, parameter_names
-from mergekit_stf.host.architectures.names import collapsed, kind_of
+from mergekit_stf.host.architectures.names import collapse_layers, kind_of
 from mergekit_stf.host.checkpoints.content import same_bits
 from mergekit_stf.host.checkpoints.counts import check_counts
 from mergekit_stf.host.checkpoints.headers import stored_header
-from mergekit_stf.host.diagnostics.notices import once
+from mergekit_stf.host.diagnostics.notices import say_once
 from mergekit_stf.host.merging.finite import is_finite
 from mergekit_stf.host.outputs.written import Written
 from mergekit_stf.host.recipe.yaml_text import first_line
@@ -63,7 +63,9 @@ class OutputCheck(BaseModel):
         filled = f"{self.tensors} tensors"
         if self.parameters is not None:
             filled += f" fill {self.parameters} parameters of {self.model_class}"
-        masks = f", but for {collapsed(self.infinite)}, as in the base" if self.infinite else ""
+        masks = (
+            f", but for {collapse_layers(self.infinite)}, as in the base" if self.infinite else ""
+        )
         return f"{filled}, and all values are finite{masks}"
 
     def notices(self) -> Iterator[str]:
@@ -114,7 +116,7 @@ def check_output(
         tensors=len(written.shapes),
         parameters=None if names is None else len(names.trained() - faults.keys()),
         unfilled=faults,
-        left_out={reason: collapsed(left) for reason, left in left_out.items()},
+        left_out={reason: collapse_layers(left) for reason, left in left_out.items()},
         infinite=tuple(sorted(infinite)),
     )
 
@@ -177,7 +179,7 @@ class _Base:
         self.loader = cache.get(model)
         stored = self.loader.index.tensor_paths
         self.shapes = {name: stored_header(self.loader, name).shape for name in stored}
-        self.names = _built(model.config(cache.trust_remote_code), len(self.shapes))
+        self.names = _build(model.config(cache.trust_remote_code), len(self.shapes))
 
     def unties(self, name: str) -> bool:
         """Say whether a tensor is a tied parameter's and holds other values than its source's."""
@@ -246,10 +248,10 @@ def names_of(folder: Path, tensors: int) -> ParameterNames | None:
     except Exception as error:  # a file may make transformers raise anything
         _say(f"{folder / 'config.json'}: {printable(first_line(error))}")
         return None
-    return _built(settings, tensors)
+    return _build(settings, tensors)
 
 
-def _built(settings: PretrainedConfig, tensors: int) -> ParameterNames | None:
+def _build(settings: PretrainedConfig, tensors: int) -> ParameterNames | None:
     """Build the class of a configuration without memory, or say why that cannot be done."""
     try:
         check_counts(settings.to_dict(), Path(settings.name_or_path), tensors)
@@ -260,4 +262,4 @@ def _built(settings: PretrainedConfig, tensors: int) -> ParameterNames | None:
 
 
 def _say(reason: str) -> None:
-    once(f"{reason}; what a checkpoint must hold is therefore not known")
+    say_once(f"{reason}; what a checkpoint must hold is therefore not known")

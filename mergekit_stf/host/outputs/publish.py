@@ -16,7 +16,7 @@ UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP}
 """What a file system, a kernel or a container's filter answers when it knows no exchange."""
 
 
-def put(new: Path, out: Path, aside: Path, replace: bool) -> Path | None:
+def put_in_place(new: Path, out: Path, aside: Path, replace: bool) -> Path | None:
     """Put the folder ``new`` at ``out``, in one step where the system has one.
 
     Where it has none and ``out`` holds something, that is moved to ``aside`` first, and back when

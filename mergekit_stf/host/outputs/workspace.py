@@ -21,8 +21,8 @@ from mergekit_stf.host.outputs.out_folder import (
     out_folder,
     work_folder,
 )
-from mergekit_stf.host.outputs.publish import is_free, put, put_beside
-from mergekit_stf.host.run.signals import add_note, uninterrupted
+from mergekit_stf.host.outputs.publish import is_free, put_beside, put_in_place
+from mergekit_stf.host.run.signals import add_note, defer_signals
 
 LOG = logging.getLogger(__name__)
 ENTRIES = "*.stf.safetensors"
@@ -81,7 +81,7 @@ class Workspace:
             STFError: another merge works here, or something is here that is no merge's.
         """
         try:
-            with uninterrupted():
+            with defer_signals():
                 self._open()
             self._prepare()
         except Timeout as error:
@@ -112,10 +112,10 @@ class Workspace:
                 output is.
         """
         self._settle()
-        with uninterrupted():
+        with defer_signals():
             try:
                 self._check_free()
-                old = put(self.output, self.out, self._old, self._force)
+                old = put_in_place(self.output, self.out, self._old, self._force)
             except (STFError, OSError) as error:
                 raise self._left_beside(error) from error
             self._finished = self.out
@@ -131,7 +131,7 @@ class Workspace:
     ) -> None:
         """Remove what is of no more use, and say on an interruption what is kept."""
         try:
-            with uninterrupted():
+            with defer_signals():
                 self._clean()
                 if error is not None:
                     self._note(error)
@@ -173,7 +173,7 @@ class Workspace:
         if not self._old.exists():
             return
         if is_free(self.out):
-            put(self._old, self.out, self.output, replace=False)
+            put_in_place(self._old, self.out, self.output, replace=False)
         else:
             place = put_beside(self._old, self.out, "old")
             LOG.warning("a killed merge has replaced the output that now lies in %s", place)

@@ -30,7 +30,7 @@ class Workload:
     """What decides the time of a weight.
 
     Attributes:
-        rule: that merges it, as ``WeightJob.applied_rule`` has it.
+        rule: that merges it, as ``WeightJob.resolved_rule`` has it.
         method: the merge method.
         options: the method's own options, by name.
         stack: matrices in it, 1 but for experts and fused projections; smaller ones count by
@@ -70,13 +70,13 @@ class Workload:
 def workload_of(weight: PlannedWeight) -> Workload:
     """Return the workload of a weight of a plan."""
     sides, stack = (weight.numel, 1), 1.0
-    if weight.applied_rule == MERGE and not methods.get(weight.method).elementwise:
+    if weight.resolved_rule == MERGE and not methods.get(weight.method).elementwise:
         hollow = torch.empty(weight.header.shape, device="meta")
         shapes = [(max(piece.shape), min(piece.shape)) for piece in weight.pieces(hollow)]
         work = [rows * columns**2 for rows, columns in shapes]
         sides, stack = shapes[work.index(max(work))], sum(work) / max(work)
     return Workload(
-        rule=weight.applied_rule,
+        rule=weight.resolved_rule,
         method=weight.method,
         options=tuple(sorted(weight.options.items())),
         stack=stack,
@@ -87,7 +87,7 @@ def workload_of(weight: PlannedWeight) -> Workload:
     )
 
 
-def measure(
+def time_workloads(
     workloads: Sequence[Workload], device: torch.device, budget: float = 2.0
 ) -> dict[Workload, float]:
     """Return seconds for one weight of each workload.

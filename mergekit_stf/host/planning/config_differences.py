@@ -13,7 +13,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
-from mergekit_stf.host.recipe.yaml_text import shown
+from mergekit_stf.host.recipe.yaml_text import short_repr
 
 SETTINGS = (
     # positions
@@ -106,4 +106,4 @@ def _parts(one: Any, other: Any) -> tuple[str, str]:
     if all(isinstance(part, Mapping) for part in parts):
         keys = [key for key in {**parts[0], **parts[1]} if parts[0].get(key) != parts[1].get(key)]
         parts = [{key: part.get(key) for key in keys} for part in parts]
-    return shown(parts[0]), shown(parts[1])
+    return short_repr(parts[0]), short_repr(parts[1])

@@ -22,7 +22,7 @@ from mergekit_stf.core.pool import workspace
 from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.checkpoints.headers import header_if_any
 from mergekit_stf.host.diagnostics.memory import peak_rss
-from mergekit_stf.host.planning.calibrate import measure, workload_of
+from mergekit_stf.host.planning.calibrate import time_workloads, workload_of
 from mergekit_stf.host.planning.planned import PlannedWeight
 
 _SAMPLE = 16 * 2**20
@@ -61,7 +61,9 @@ class Estimate(BaseModel):
     by_weight: dict[str, float]
 
 
-def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Path) -> Estimate:
+def estimate_merge(
+    weights: Sequence[PlannedWeight], options: MergeOptions, folder: Path
+) -> Estimate:
     """Estimate a merge; takes about two seconds, and reads no weight.
 
     Args:
@@ -73,7 +75,7 @@ def estimate(weights: Sequence[PlannedWeight], options: MergeOptions, folder: Pa
     before = peak_rss() or 0
     device = torch.device(options.device or "cpu")
     workloads = {weight.name: workload_of(weight) for weight in weights}
-    seconds = measure(list(workloads.values()), device)
+    seconds = time_workloads(list(workloads.values()), device)
     by_weight = {name: seconds[workload] for name, workload in workloads.items()}
     output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
     store = sum(weight.stored_bytes for weight in weights)
@@ -124,7 +126,7 @@ def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     by matrix of a stack.
     """
     one = _matrix_bytes(weight)
-    if weight.applied_rule != MERGE:
+    if weight.resolved_rule != MERGE:
         return 4 * one
     if methods.get(weight.method).elementwise:
         return (len(weight.models) + ELEMENTWISE) * one
@@ -155,7 +157,7 @@ def _file_seconds(hashed: int, written: int, folder: Path) -> float:
     return hashed * hashing / (os.cpu_count() or 1) + written * writing
 
 
-def by_rule(weights: Sequence[PlannedWeight]) -> dict[str, tuple[int, int]]:
+def count_by_rule(weights: Sequence[PlannedWeight]) -> dict[str, tuple[int, int]]:
     """Return, for each rule, the number of weights and of parameters."""
     counts: Counter[str] = Counter()
     numbers: Counter[str] = Counter()

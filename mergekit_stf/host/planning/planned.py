@@ -24,9 +24,9 @@ from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.architectures.all_weights import architecture_of
 from mergekit_stf.host.checkpoints.headers import Header, header_of
 from mergekit_stf.host.compat import output_config
-from mergekit_stf.host.merging.job import Task, WeightJob, applied_rule, shown_rule
+from mergekit_stf.host.merging.job import Task, WeightJob, resolve_rule, rule_label
 from mergekit_stf.host.merging.kinds import kind_for
-from mergekit_stf.host.merging.split import parse as parse_split
+from mergekit_stf.host.merging.split import parse_split as parse_split
 from mergekit_stf.host.plugin.groups import input_axis_of
 from mergekit_stf.host.store.jobs import is_worth
 
@@ -75,15 +75,15 @@ class PlannedWeight:
         return torch.Size(self.header.shape).numel()
 
     @property
-    def applied_rule(self) -> str:
-        """The rule as ``WeightJob.applied_rule`` has it."""
-        return applied_rule(methods.get(self.method), self.kind, self.shared["rule"])
+    def resolved_rule(self) -> str:
+        """The rule as ``WeightJob.resolved_rule`` has it."""
+        return resolve_rule(methods.get(self.method), self.kind, self.shared["rule"])
 
     @property
     def is_maps(self) -> bool:
         """Say whether its method merges it as one or several linear maps."""
         whole = methods.get(self.method).takes_whole(self.kind)
-        return self.applied_rule == MERGE and not whole
+        return self.resolved_rule == MERGE and not whole
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class PlannedWeight:
     @property
     def stored_bytes(self) -> int:
         """Bytes of this weight in the store, 0 if it is not stored."""
-        worth = is_worth(self.applied_rule, len(self.header.shape), self.density)
+        worth = is_worth(self.resolved_rule, len(self.header.shape), self.density)
         return self.numel * max(self.dtype.itemsize, torch.float32.itemsize) if worth else 0
 
     def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -169,7 +169,7 @@ def _planned(task: ExecuteMergeMethodTask, out_dtype: str | None) -> PlannedWeig
         name=weight.name,
         method=method.name,
         kind=kind,
-        rule=shown_rule(method, applied_rule(method, kind, shared["rule"])),
+        rule=rule_label(method, resolve_rule(method, kind, shared["rule"])),
         header=header,
         dtype=dtype,
         out_dtype=dtype_from_name(out_dtype) or dtype,

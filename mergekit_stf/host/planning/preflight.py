@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.architectures.coverage import check_coverage, unguarded
+from mergekit_stf.host.architectures.coverage import check_coverage, suspend_guard
 from mergekit_stf.host.checkpoints.headers import header_if_any
 from mergekit_stf.host.planning.config_differences import config_differences
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
@@ -44,9 +44,9 @@ def preflight(
     """
     warnings = check_coverage(config, options)
     warnings += config_differences(config, options.trust_remote_code)
-    if not methods.known(config.merge_method):
+    if not methods.is_known(config.merge_method):
         return warnings
-    with unguarded():
+    with suspend_guard():
         weights = plan_weights(config, options)
     realigned = bool(
         config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
@@ -88,7 +88,7 @@ def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:
 def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store) -> None:
     output = sum(weight.numel * weight.out_dtype.itemsize + BLOCK for weight in weights)
     matrices = [weight.stored_bytes for weight in weights if weight.stored_bytes]
-    stored = min(sum(matrices) + BLOCK * len(matrices), store.size) - store.taken()
+    stored = min(sum(matrices) + BLOCK * len(matrices), store.size) - store.count_bytes()
     disks = {folder.stat().st_dev: (folder, output)}
     disk = store.folder.stat().st_dev
     place, already = disks.get(disk, (store.folder, 0))
@@ -97,8 +97,8 @@ def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store) -> Non
         free = shutil.disk_usage(place).free
         if free < needed:
             raise STFError(
-                f"{place}: {amount(needed)} needed for the output and for resuming, "
-                f"{amount(free)} free; make room, or lower --store-size"
+                f"{place}: {format_bytes(needed)} needed for the output and for resuming, "
+                f"{format_bytes(free)} free; make room, or lower --store-size"
             )
 
 
@@ -106,7 +106,7 @@ def _matrix_bytes(weight: PlannedWeight) -> int:
     return weight.numel * max(weight.dtype.itemsize, torch.float32.itemsize)
 
 
-def amount(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Write a number of bytes with the unit that suits it."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
@@ -124,7 +124,7 @@ def _memory_warnings(weights: list[PlannedWeight], options: MergeOptions) -> Ite
     free = psutil.virtual_memory().available
     if free < needed:
         yield (
-            f"about {amount(needed)} of memory needed, {amount(free)} free; "
+            f"about {format_bytes(needed)} of memory needed, {format_bytes(free)} free; "
             "--out-shard-size 1B lowers the need"
         )
 

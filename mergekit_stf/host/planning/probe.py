@@ -96,7 +96,7 @@ class _Sums:
                 cosines.append(float(flat[i] @ flat[j] / length))
 
 
-def probe(weights: Sequence[PlannedWeight]) -> Probe:
+def probe_models(weights: Sequence[PlannedWeight]) -> Probe:
     """Read these weights, one at a time, and compare the models.
 
     Raises:

@@ -27,9 +27,9 @@ def activate() -> None:
         if installed is not None and not is_supported(installed):
             _warn_once(f"mergekit {installed} is installed and mergekit{REQUIREMENT} is needed")
             return
-        from mergekit_stf.host.plugin.method import register
+        from mergekit_stf.host.plugin.method import register_with_mergekit
 
-        register()
+        register_with_mergekit()
     except Exception as error:
         if type(error).__name__ == "_DeadlockError":
             return  # another thread imports this package, and calls this function at its end

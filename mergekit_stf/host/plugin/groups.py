@@ -15,14 +15,14 @@ from mergekit_stf.core.methods import Method
 from mergekit_stf.host.architectures.loading import parameter_names
 from mergekit_stf.host.checkpoints.content import checksum, digest
 from mergekit_stf.host.diagnostics.notices import Notice
-from mergekit_stf.host.diagnostics.rounding import rounded_inputs
+from mergekit_stf.host.diagnostics.rounding import find_rounded_inputs
 from mergekit_stf.host.merging.job import Task, WeightJob
 from mergekit_stf.host.merging.kinds import kind_for
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.split import parse_split
 from mergekit_stf.host.plugin.parameters import IGNORED
 
 
-def job_of(
+def make_job(
     method: Method,
     group: TensorGroup,
     parameters: Mapping[str, Any],
@@ -51,16 +51,16 @@ def job_of(
         name=name,
         kind=kind_for(name, base.shape, group.metadata.vocabulary_axis),
         base=base,
-        tasks=tuple(ordered(tasks)),
+        tasks=tuple(sort_tasks(tasks)),
         method=method.name,
         options={option.name: parameters[option.name] for option in method.options},
         rule=parameters["rule"],
         scale=parameters["lambda"],
-        split=parse(parameters["split"]),
+        split=parse_split(parameters["split"]),
         input_axis=input_axis_of(method, group.base.id, name),
         out_dtype=out_dtype,
         base_model=group.base.id,
-        notices=(*_ignored(method, parameters), *rounded_inputs(name, group.entries)),
+        notices=(*_find_ignored(method, parameters), *find_rounded_inputs(name, group.entries)),
     )
 
 
@@ -78,7 +78,7 @@ def input_axis_of(method: Method, base: Hashable, name: str) -> int:
     return 1 if names is None else names.input_axis(name)
 
 
-def ordered(tasks: Sequence[Task]) -> list[Task]:
+def sort_tasks(tasks: Sequence[Task]) -> list[Task]:
     """Return tasks of whole tensors in an order that does not depend on the recipe's.
 
     Sums round differently in another order, and the order of models in a recipe means nothing to
@@ -97,7 +97,7 @@ def ordered(tasks: Sequence[Task]) -> list[Task]:
     return [tasks[index] for index in sorted(range(len(tasks)), key=keys.__getitem__)]
 
 
-def _ignored(method: Method, parameters: Mapping[str, Any]) -> Iterator[Notice]:
+def _find_ignored(method: Method, parameters: Mapping[str, Any]) -> Iterator[Notice]:
     """Yield which parameters of a TIES recipe have no meaning here."""
     for name in IGNORED:
         value = parameters.get(name)

@@ -20,7 +20,7 @@ from mergekit_stf.core import methods
 from mergekit_stf.core.features import choose_route
 from mergekit_stf.host import architectures
 from mergekit_stf.host.plugin.autoload import REQUIREMENT, installed_host, is_supported
-from mergekit_stf.host.plugin.method import ours
+from mergekit_stf.host.plugin.method import registered_names
 
 PACKAGES = (
     "mergekit-stf",
@@ -89,10 +89,10 @@ class Health(BaseModel):
     missing: list[str]
 
 
-def examine() -> Health:
+def examine_installation() -> Health:
     """Look at this installation; takes about a second a device."""
     versions = {name: _version(name) for name in PACKAGES}
-    known = ours()
+    known = registered_names()
     registered = set(methods.names()) <= set(known)
     autoload, files = _armed_at_start(), [str(path) for path in _hook_files()]
     return Health(

@@ -28,9 +28,9 @@ from mergekit_stf.core import STFError, methods
 from mergekit_stf.core.methods import Method
 from mergekit_stf.host import architectures
 from mergekit_stf.host.architectures import all_weights, coverage
-from mergekit_stf.host.merging.desk import Desk, Environment, desk_of_environment, environment
+from mergekit_stf.host.merging.desk import Desk, Environment, desk_of_environment, read_environment
 from mergekit_stf.host.plugin import saving
-from mergekit_stf.host.plugin.groups import job_of
+from mergekit_stf.host.plugin.groups import make_job
 from mergekit_stf.host.plugin.parameters import parameters_of
 
 LOG = logging.getLogger("mergekit_stf")
@@ -98,7 +98,7 @@ class HostMethod(GroupMergeMethod):
                 "got none"
             )
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        coverage.guard(self.method.name, input_ids, base_id, group_name)
+        coverage.guard_planning(self.method.name, input_ids, base_id, group_name)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one weight.
@@ -110,7 +110,7 @@ class HostMethod(GroupMergeMethod):
         Raises:
             STFError: an input is not finite, or its type cannot be merged.
         """
-        return self.desk.run(job_of(self.method, group, parameters)).tensor
+        return self.desk.run(make_job(self.method, group, parameters)).tensor
 
     def _execute(
         self,
@@ -126,7 +126,7 @@ class HostMethod(GroupMergeMethod):
         for group, bound, dtype in zip(groups, parameters, input_dtypes, strict=True):
             aligned = align_dtype(group, dtype)
             with torch.autocast(device_type=aligned.base.tensor.device.type, enabled=False):
-                job = job_of(self.method, aligned, bound, out_dtype)
+                job = make_job(self.method, aligned, bound, out_dtype)
                 results.append(self.desk.run(job).tensor)
         return tuple(results)
 
@@ -136,21 +136,21 @@ class HostMethod(GroupMergeMethod):
         if self._desk is not None:
             return self._desk
         with self._lock:
-            variables = environment()
+            variables = read_environment()
             if variables not in self._named:
                 self._named[variables] = desk_of_environment()
                 atexit.register(self._named[variables].notices.close)
             return self._named[variables]
 
 
-def register() -> None:
+def register_with_mergekit() -> None:
     """Make our methods, architecture tables and check of overflow known to mergekit, once.
 
     Where the host has a method of one of these names itself, the host's stays, with one warning.
     """
-    architectures.register()
+    architectures.register_tables()
     all_weights.install()
-    saving.register()
+    saving.check_before_saving()
     known = {method.spec.name: method for method in registered_methods()}
     for name in methods.names():
         if name not in known:
@@ -168,9 +168,11 @@ def host_method(name: str) -> HostMethod:
     for method in registered_methods():
         if method.spec.name == name and isinstance(method, HostMethod):
             return method
-    raise STFError(f"{name!r} is no merge method of mergekit-stf; ours are {', '.join(ours())}")
+    raise STFError(
+        f"{name!r} is no merge method of mergekit-stf; ours are {', '.join(registered_names())}"
+    )
 
 
-def ours() -> list[str]:
+def registered_names() -> list[str]:
     """Return the names of the registered methods that are ours."""
     return [m.spec.name for m in registered_methods() if isinstance(m, HostMethod)]

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit_stf.core import STFError
 from mergekit_stf.core.methods import Method, Option
 from mergekit_stf.core.methods.options import fraction, number, one_of
-from mergekit_stf.host.merging.split import parse
+from mergekit_stf.host.merging.split import parse_split
 
 RULES = ("auto", "merge", "superpose", "sum", "mean", "base")
 """What ``rule`` may say; ``superpose`` is what ``stf`` calls its own rule, ``merge``."""
@@ -61,7 +61,7 @@ def options_of(method: Method) -> tuple[Option, ...]:
         Option("lambda", method.default_lambda, number, "scale of the merged difference"),
         *method.options,
         Option("rule", "auto", rule, "how a weight is merged"),
-        Option("split", "none", parse, "maps of a fused matrix"),
+        Option("split", "none", parse_split, "maps of a fused matrix"),
     )
 
 

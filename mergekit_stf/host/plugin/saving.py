@@ -15,26 +15,26 @@ from torch import Tensor
 
 from mergekit_stf.core import methods
 from mergekit_stf.host.compat import replace_saving
-from mergekit_stf.host.merging.finite import is_finite, rounded
+from mergekit_stf.host.merging.finite import is_finite, round_weight
 
 
 @cache
-def register() -> None:
+def check_before_saving() -> None:
     """Let the host's task that writes a weight refuse one that its type cannot hold; once."""
     write = SaveTensor.execute
 
     @wraps(write)
     def execute(self: SaveTensor, writer: TensorWriter, tensor: Tensor | None) -> None:
-        write(self, writer, _rounded(self, tensor))
+        write(self, writer, _round(self, tensor))
 
     replace_saving(execute)
 
 
-def _rounded(task: SaveTensor, tensor: Tensor | None) -> Tensor | None:
+def _round(task: SaveTensor, tensor: Tensor | None) -> Tensor | None:
     """Round what has been merged; infinite masks of the base were let through by the merge."""
     merged = task.tensor_task
-    ours = isinstance(merged, ExecuteMergeMethodTask) and methods.known(merged.method_name)
+    ours = isinstance(merged, ExecuteMergeMethodTask) and methods.is_known(merged.method_name)
     dtype = dtype_from_name(task.dtype)
     if tensor is None or dtype is None or not ours or not is_finite(tensor):
         return tensor
-    return rounded(task.tensor_name, tensor, dtype)
+    return round_weight(task.tensor_name, tensor, dtype)

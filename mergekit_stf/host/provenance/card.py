@@ -35,7 +35,7 @@ PLAIN = re.compile(r"[\w .-]+", re.ASCII)
 LOCKED = " `stf.lock.json` lists every input and output file with its SHA-256."
 
 
-def card(
+def make_card(
     config: MergeConfiguration,
     text: str,
     name: str,

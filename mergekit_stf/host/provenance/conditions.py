@@ -108,7 +108,7 @@ class Machine(Conditions):
     kernels: str
 
 
-def machine() -> Machine:
+def describe_machine() -> Machine:
     """Describe this machine."""
     return Machine(
         system=platform.system(),

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from mergekit_stf.core.errors import STFError
-from mergekit_stf.host.checkpoints.files import pieces, sha256_of
+from mergekit_stf.host.checkpoints.files import read_chunks, sha256_of
 from mergekit_stf.host.checkpoints.inputs import InputModel
 
 Known = dict[tuple[Path, tuple[int, int, int]], str]
@@ -79,7 +79,7 @@ class Digests:
     def _read(self, path: Path) -> Iterator[None]:
         """Hash a file in small steps, which one thread may begin and another finish."""
         digest = hashlib.sha256()
-        for piece in pieces(path):
+        for piece in read_chunks(path):
             digest.update(piece)
             yield
         self._new[path] = digest.hexdigest()

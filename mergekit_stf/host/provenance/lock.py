@@ -20,7 +20,7 @@ from mergekit_stf.host.checkpoints.files import sha256_of, write_text
 from mergekit_stf.host.checkpoints.inputs import InputModel
 from mergekit_stf.host.diagnostics import records as diagnostics
 from mergekit_stf.host.outputs.check import OutputCheck
-from mergekit_stf.host.provenance.conditions import Machine, Options, machine
+from mergekit_stf.host.provenance.conditions import Machine, Options, describe_machine
 
 FILE_NAME = "stf.lock.json"
 ABOUT = (FILE_NAME, diagnostics.FILE_NAME, "stf-report.html")
@@ -116,7 +116,7 @@ def make_lock(
         versions=versions(),
         device=device_name(options.device or "cpu"),
         threads=torch.get_num_threads(),
-        machine=machine(),
+        machine=describe_machine(),
         outputs=tuple(file_record(folder, name) for name in output_names(folder)),
         check=check,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergekit.common import ModelPath
 
-from mergekit_stf.host.checkpoints.files import inside
+from mergekit_stf.host.checkpoints.files import join_inside
 from mergekit_stf.host.outputs.check import OutputCheck, structure_faults, value_faults
 from mergekit_stf.host.provenance.digests import Known, digest_of
 from mergekit_stf.host.provenance.lock import (
@@ -20,11 +20,11 @@ from mergekit_stf.host.provenance.lock import (
     versions,
 )
 from mergekit_stf.host.recipe.yaml_text import first_line
-from mergekit_stf.host.run.network import cached
+from mergekit_stf.host.run.network import cached_folder
 from mergekit_stf.text import printable
 
 
-def differences(
+def find_differences(
     lock: Lock, folder: Path, cache: str | None = None, known: Known | None = None
 ) -> Iterator[str]:
     """Yield one line for each thing that is no longer as the lock says.
@@ -77,14 +77,14 @@ def _present(model: ModelRecord, cache: str | None) -> Path:
     path = ModelPath.model_validate(model.reference)
     if model.commit is None:
         return Path(path.path).resolve(strict=True)
-    return cached(path.path, model.commit, cache)
+    return cached_folder(path.path, model.commit, cache)
 
 
 def _file_differences(
     records: tuple[FileRecord, ...], root: Path, known: Known, links: bool = False
 ) -> Iterator[str]:
     for record in records:
-        path = inside(root, record.name, links=links)
+        path = join_inside(root, record.name, links=links)
         if not path.is_file():
             yield f"{record.name}: missing"
         elif path.stat().st_size != record.size:

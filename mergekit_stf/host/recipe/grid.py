@@ -12,7 +12,7 @@ import yaml
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.recipe.recipe import Recipe, check_recipe
-from mergekit_stf.host.recipe.yaml_text import parse
+from mergekit_stf.host.recipe.yaml_text import parse_yaml
 
 MAX_POINTS = 1000
 
@@ -69,7 +69,7 @@ def _part(text: str) -> list[float]:
     return [float(first + k * step) for k in range(count)]
 
 
-def points(recipe: Recipe, values: Mapping[str, Sequence[float]]) -> list[Point]:
+def grid_points(recipe: Recipe, values: Mapping[str, Sequence[float]]) -> list[Point]:
     """Return the points of the grid, those that share their decompositions one after another.
 
     Args:
@@ -86,7 +86,7 @@ def points(recipe: Recipe, values: Mapping[str, Sequence[float]]) -> list[Point]
 
 
 def _point(recipe: Recipe, values: dict[str, float]) -> Point:
-    data = parse(recipe.text, recipe.source).data
+    data = parse_yaml(recipe.text, recipe.source).data
     for settings in _settings(data):
         for name in values:
             settings.pop(name, None)
@@ -96,12 +96,12 @@ def _point(recipe: Recipe, values: dict[str, float]) -> Point:
     return Point(values, check_recipe(text, f"{recipe.source} with {where}"))
 
 
-def replaced(recipe: Recipe, names: Sequence[str]) -> list[str]:
+def find_overrides(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """Return the swept parameters that the recipe sets for single models, layers or filters.
 
     A sweep gives every weight the same value instead.
     """
-    data = parse(recipe.text, recipe.source).data
+    data = parse_yaml(recipe.text, recipe.source).data
     top = data.get("parameters") or {}
     inner = [settings for settings in _settings(data) if settings is not top]
     return [

@@ -10,7 +10,7 @@ from mergekit.merge_methods.registry import registered_methods
 from pydantic import BaseModel
 
 from mergekit_stf.host.plugin.parameters import IGNORED
-from mergekit_stf.host.recipe.yaml_text import Problem, child
+from mergekit_stf.host.recipe.yaml_text import Problem, join_path
 
 PARAMETERS = "parameters"
 
@@ -38,16 +38,16 @@ def unknown_keys(value: Any, annotation: Any, path: str = "") -> Iterator[Proble
         for key, inner in value.items():
             if key in fields:
                 if key != PARAMETERS:
-                    yield from unknown_keys(inner, fields[key], child(path, key))
+                    yield from unknown_keys(inner, fields[key], join_path(path, key))
             elif fields:
-                yield Problem(child(path, str(key)), _unknown(key, fields))
+                yield Problem(join_path(path, str(key)), _unknown(key, fields))
         for item_type in _arguments(members, dict, 1):
             for key, inner in value.items():
-                yield from unknown_keys(inner, item_type, child(path, str(key)))
+                yield from unknown_keys(inner, item_type, join_path(path, str(key)))
     elif isinstance(value, list):
         for item_type in _arguments(members, list, 0):
             for index, inner in enumerate(value):
-                yield from unknown_keys(inner, item_type, child(path, index))
+                yield from unknown_keys(inner, item_type, join_path(path, index))
 
 
 def _unknown(key: object, fields: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from mergekit_stf.core import methods
 from mergekit_stf.host.checkpoints.weight_files import gguf_problem
-from mergekit_stf.host.recipe.yaml_text import Problem, child, shown
+from mergekit_stf.host.recipe.yaml_text import Problem, join_path, short_repr
 
 SEPARATORS: Mapping[str, str] = {
     "+": "that an adapter follows, as in «path+adapter»",
@@ -46,7 +46,7 @@ def mappings(value: Any, path: str) -> Iterator[tuple[str, dict[Any, Any]]]:
     if isinstance(value, list):
         for index, item in enumerate(value):
             if isinstance(item, dict):
-                yield child(path, index), item
+                yield join_path(path, index), item
 
 
 def sections(data: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -55,19 +55,19 @@ def sections(data: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any]]]:
     modules = data.get("modules")
     for name, module in modules.items() if isinstance(modules, dict) else ():
         if isinstance(module, dict):
-            yield child("modules", str(name)), module
+            yield join_path("modules", str(name)), module
 
 
 def groups(data: dict[Any, Any]) -> Iterator[Group]:
     """Yield every group of models of a recipe, at the top level and in modules and slices."""
     base = data.get("base_model")
     for path, section in sections(data):
-        models = child(path, "models")
+        models = join_path(path, "models")
         entries = tuple(mappings(section.get("models"), models))
         if entries:
             yield Group(models, entries, base, sliced=False)
-        for where, part in mappings(section.get("slices"), child(path, "slices")):
-            sources = child(where, "sources")
+        for where, part in mappings(section.get("slices"), join_path(path, "slices")):
+            sources = join_path(where, "sources")
             entries = tuple(mappings(part.get("sources"), sources))
             yield Group(sources, entries, part.get("base_model") or base, sliced=True)
 
@@ -79,7 +79,7 @@ def model_problems(data: dict[Any, Any]) -> Iterator[Problem]:
     for group in groups(data):
         for path, entry in group.entries:
             if "model" in entry:
-                yield from _reference_problems(entry["model"], child(path, "model"))
+                yield from _reference_problems(entry["model"], join_path(path, "model"))
         yield from _group_problems(group, data.get("merge_method"))
         if group.sliced:
             yield from _range_problems(group)
@@ -98,14 +98,15 @@ def _reference_problems(value: Any, path: str) -> Iterator[Problem]:
         if isinstance(value, str) and sign in value and os.path.isdir(value):
             yield Problem(
                 path,
-                f"{shown(value)} is a directory, but «{sign}» means {meaning}; rename the "
+                f"{short_repr(value)} is a directory, but «{sign}» means {meaning}; rename the "
                 f"directory, or give a link to it whose name has no «{sign}»",
             )
             return
     parsed = reference(value)
     if parsed is None:
         yield Problem(
-            path, f"not a model: {shown(value)}; write «path», «path+adapter» or «path@revision»"
+            path,
+            f"not a model: {short_repr(value)}; write «path», «path+adapter» or «path@revision»",
         )
         return
     for part in [parsed.model] + [parsed.lora] * (parsed.lora is not None):
@@ -123,16 +124,16 @@ def path_problem(path: str) -> str | None:
         if os.path.exists(path) and path.endswith(".gguf"):
             return gguf_problem(Path(path))
         if os.path.exists(path):
-            return f"{shown(path)} is a file; give the model's directory"
+            return f"{short_repr(path)} is a file; give the model's directory"
     except ValueError:
-        return f"{shown(path)} cannot be a path"
+        return f"{short_repr(path)} cannot be a path"
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         hint = "; ~ is not expanded here" if path.startswith("~") else ""
-        return f"no directory {shown(path)}{hint}"
+        return f"no directory {short_repr(path)}{hint}"
     try:
         validate_repo_id(path)
     except HFValidationError:
-        return f"{shown(path)} is neither a directory nor the name of a hub model"
+        return f"{short_repr(path)} is neither a directory nor the name of a hub model"
     return None
 
 
@@ -163,13 +164,13 @@ def _refusal(method: Any, ids: list[Any], base: ModelReference | None) -> tuple[
     found = {m.spec.name: m.spec for m in merge_methods.registered_methods()}.get(str(method))
     if found is None:
         return "", ""
-    needs_base = methods.known(found.name) or found.contract.base == BasePolicy.REQUIRED
+    needs_base = methods.is_known(found.name) or found.contract.base == BasePolicy.REQUIRED
     if needs_base and base is None:
         return (
             "base_model",
             f"missing; {found.name} needs the model that the others were tuned from",
         )
-    if methods.known(found.name) and len(ids) < 2:
+    if methods.is_known(found.name) and len(ids) < 2:
         return "", "at least one model besides the base model is needed"
     try:
         found.contract.validate_ids(ids, base)
@@ -185,8 +186,8 @@ def _range_problems(group: Group) -> Iterator[Problem]:
             case [int(first), int(end)] if 0 <= first < end:
                 lengths.add(end - first)
             case value:
-                message = f"expected [first, end) as two whole numbers; got {shown(value)}"
-                yield Problem(child(path, "layer_range"), message)
+                message = f"expected [first, end) as two whole numbers; got {short_repr(value)}"
+                yield Problem(join_path(path, "layer_range"), message)
     if len(lengths) > 1:
         counts = " and ".join(map(str, sorted(lengths)))
         yield Problem(group.path, f"all sources of a slice need as many layers; got {counts}")

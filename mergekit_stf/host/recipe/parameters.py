@@ -16,7 +16,7 @@ from mergekit_stf.core.methods.options import decimal_comma
 from mergekit_stf.host.plugin.parameters import IGNORED
 from mergekit_stf.host.recipe.keys import PARAMETERS, did_you_mean, unknown_keys
 from mergekit_stf.host.recipe.models import groups, mappings, reference, sections
-from mergekit_stf.host.recipe.yaml_text import Problem, child, shown
+from mergekit_stf.host.recipe.yaml_text import Problem, join_path, short_repr
 
 OTHER_NAMES: Mapping[str, str] = {
     "gamma": "lambda",
@@ -34,10 +34,12 @@ def parameter_problems(data: dict[Any, Any]) -> Iterator[Problem]:
     known = {parameter.name: parameter for parameter in spec.parameters}
     for path, settings, per_model in _places(data):
         if not isinstance(settings, dict):
-            yield Problem(path, f"expected a mapping of names to values; got {shown(settings)}")
+            yield Problem(
+                path, f"expected a mapping of names to values; got {short_repr(settings)}"
+            )
             continue
         for name, value in settings.items():
-            where = child(path, str(name))
+            where = join_path(path, str(name))
             if name not in known:
                 yield Problem(where, _after_comma(name, value) or _unknown(spec, str(name), known))
             elif not _is_legacy(spec, name):
@@ -56,7 +58,7 @@ def parameter_warnings(data: dict[Any, Any]) -> Iterator[Problem]:
         return
     for path, settings, _ in _places(data):
         for name, value in settings.items():
-            where = child(path, str(name))
+            where = join_path(path, str(name))
             if _is_legacy(spec, name):
                 yield Problem(where, f"ignored: {spec.name} has no use for it")
             yield from _unreachable(value, where)
@@ -80,11 +82,11 @@ def _spec(data: dict[Any, Any]) -> MergeMethodSpec | None:
 
 
 def _is_legacy(spec: MergeMethodSpec, name: Any) -> bool:
-    return methods.known(spec.name) and name in IGNORED
+    return methods.is_known(spec.name) and name in IGNORED
 
 
 def _unknown(spec: MergeMethodSpec, name: str, known: dict[str, ParameterSpec]) -> str:
-    if methods.known(spec.name) and OTHER_NAMES.get(name) in known:
+    if methods.is_known(spec.name) and OTHER_NAMES.get(name) in known:
         return f"not a parameter of {spec.name}; it is called {OTHER_NAMES[name]!r} here"
     return f"not a parameter of {spec.name}{did_you_mean(name, known)}"
 
@@ -100,7 +102,7 @@ def _places(data: dict[Any, Any]) -> Iterator[tuple[str, Any, bool]]:
     """Yield path and value of every ``parameters``, and whether it belongs to one model."""
     for path, section in sections(data):
         yield from _settings(path, section, False)
-        for where, part in mappings(section.get("slices"), child(path, "slices")):
+        for where, part in mappings(section.get("slices"), join_path(path, "slices")):
             yield from _settings(where, part, False)
     for group in groups(data):
         for path, entry in group.entries:
@@ -109,7 +111,7 @@ def _places(data: dict[Any, Any]) -> Iterator[tuple[str, Any, bool]]:
 
 def _settings(path: str, owner: dict[Any, Any], per_model: bool) -> Iterator[tuple[str, Any, bool]]:
     if owner.get(PARAMETERS) is not None:
-        yield child(path, PARAMETERS), owner[PARAMETERS], per_model
+        yield join_path(path, PARAMETERS), owner[PARAMETERS], per_model
 
 
 def _placed(parameter: ParameterSpec, where: str, per_model: bool) -> Iterator[Problem]:
@@ -124,10 +126,12 @@ def _value_problems(parameter: ParameterSpec, value: Any, where: str) -> Iterato
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
             if isinstance(item, dict):
-                yield from _conditional(parameter, item, child(where, index))
+                yield from _conditional(parameter, item, join_path(where, index))
             else:
-                message = f"expected «filter» and «value» like its neighbours; got {shown(item)}"
-                yield Problem(child(where, index), message)
+                message = (
+                    f"expected «filter» and «value» like its neighbours; got {short_repr(item)}"
+                )
+                yield Problem(join_path(where, index), message)
     elif isinstance(value, dict):
         yield from _conditional(parameter, value, where)
     else:
@@ -138,12 +142,13 @@ def _conditional(parameter: ParameterSpec, item: dict[Any, Any], where: str) -> 
     yield from unknown_keys(item, ConditionalParameter, where)
     if not isinstance(item.get("filter"), (str, type(None))):
         yield Problem(
-            child(where, "filter"), f"expected a part of a name; got {shown(item['filter'])}"
+            join_path(where, "filter"),
+            f"expected a part of a name; got {short_repr(item['filter'])}",
         )
     if "value" not in item:
         yield Problem(where, "missing «value»")
     else:
-        yield from _scalars(parameter, item["value"], child(where, "value"))
+        yield from _scalars(parameter, item["value"], join_path(where, "value"))
 
 
 def _scalars(parameter: ParameterSpec, value: Any, where: str) -> Iterator[Problem]:
@@ -151,22 +156,22 @@ def _scalars(parameter: ParameterSpec, value: Any, where: str) -> Iterator[Probl
         yield Problem(where, "an empty list; give a value or a list of values")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _scalar(parameter, item, child(where, index))
+            yield from _scalar(parameter, item, join_path(where, index))
     else:
         yield from _scalar(parameter, value, where)
 
 
 def _scalar(parameter: ParameterSpec, value: Any, where: str) -> Iterator[Problem]:
     if not isinstance(value, (bool, int, float, str)):
-        yield Problem(where, f"expected a single value; got {shown(value)}")
+        yield Problem(where, f"expected a single value; got {short_repr(value)}")
         return
     if comma := decimal_comma(value):
-        yield Problem(where, f"{comma}, got {shown(value)}")
+        yield Problem(where, f"{comma}, got {short_repr(value)}")
         return
     try:
         parameter.validate(value)
     except ValidationError as error:
-        yield Problem(where, f"{error.errors()[-1]['msg']}; got {shown(value)}")
+        yield Problem(where, f"{error.errors()[-1]['msg']}; got {short_repr(value)}")
     except STFError as error:
         yield Problem(where, str(error).removeprefix(f"parameter `{parameter.name}`: "))
 
@@ -186,5 +191,5 @@ def _base_settings(data: dict[Any, Any], spec: MergeMethodSpec) -> Iterator[Prob
         for path, entry in group.entries:
             same = group.base is not None and reference(entry.get("model")) == reference(group.base)
             for name in sorted(non_base & set(entry.get(PARAMETERS) or ())) if same else ():
-                where = child(child(path, PARAMETERS), name)
+                where = join_path(join_path(path, PARAMETERS), name)
                 yield Problem(where, "ignored: this is the base model, which has no task matrix")

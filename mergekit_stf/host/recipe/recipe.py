@@ -16,7 +16,7 @@ from mergekit_stf.host.checkpoints.files import read_text
 from mergekit_stf.host.recipe.keys import did_you_mean, unknown_keys
 from mergekit_stf.host.recipe.models import model_problems
 from mergekit_stf.host.recipe.parameters import parameter_problems, parameter_warnings
-from mergekit_stf.host.recipe.yaml_text import Document, Problem, parse, shown
+from mergekit_stf.host.recipe.yaml_text import Document, Problem, parse_yaml, short_repr
 
 REPORTED = 100
 """Problems of a recipe that are listed."""
@@ -60,7 +60,7 @@ def check_recipe(text: str, source: str = "recipe") -> Recipe:
     Raises:
         STFError: one line for each problem, with line number and key path.
     """
-    document = parse(text, source)
+    document = parse_yaml(text, source)
     problems = [*document.repeated, *_problems(document.data)]
     config = None
     if not problems:
@@ -99,7 +99,9 @@ def _method_problems(data: dict[Any, Any]) -> Iterator[Problem]:
     if name is None:
         yield Problem("merge_method", "missing; for example «merge_method: stf»")
     elif name not in known:
-        yield Problem("merge_method", f"unknown method {shown(name)}{did_you_mean(name, known)}")
+        yield Problem(
+            "merge_method", f"unknown method {short_repr(name)}{did_you_mean(name, known)}"
+        )
 
 
 def _sections(data: dict[Any, Any]) -> Iterator[Problem]:
@@ -117,7 +119,7 @@ def _dtypes(data: dict[Any, Any]) -> Iterator[Problem]:
         value = data.get(key)
         if value is not None and str(value).removeprefix("torch.") not in names:
             expected = ", ".join(names)
-            yield Problem(key, f"expected one of {expected}; got {shown(value)}")
+            yield Problem(key, f"expected one of {expected}; got {short_repr(value)}")
 
 
 def _validated(data: Any) -> tuple[MergeConfiguration | None, list[Problem]]:
@@ -133,4 +135,4 @@ def _from_pydantic(item: Any) -> Problem:
     path = ""
     for part in item["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return Problem(path.lstrip("."), f"{item['msg']}; got {shown(item.get('input'))}")
+    return Problem(path.lstrip("."), f"{item['msg']}; got {short_repr(item.get('input'))}")

@@ -55,13 +55,13 @@ def first_line(error: object) -> str:
     return str(error).partition("\n")[0]
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return ``repr`` of a recipe's value, cut to a length that fits into a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def child(path: str, key: object) -> str:
+def join_path(path: str, key: object) -> str:
     """Append a mapping's key, or a sequence's integer index in brackets, to a key path."""
     if isinstance(key, int) and not isinstance(key, bool):
         return f"{path}[{key}]"
@@ -91,7 +91,7 @@ for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
-def parse(text: str, source: str) -> Document:
+def parse_yaml(text: str, source: str) -> Document:
     """Parse YAML safely: no tags beyond the standard ones, no aliases that explode.
 
     Raises:
@@ -144,12 +144,12 @@ def _walk(node: yaml.Node, path: str, above: tuple[int, ...]) -> Iterator[tuple[
     above = (*above, id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name = child(path, str(key.value))
+            name = join_path(path, str(key.value))
             yield name, key.start_mark.line + 1
             yield from _walk(value, name, above)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            name = child(path, index)
+            name = join_path(path, index)
             yield name, value.start_mark.line + 1
             yield from _walk(value, name, above)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from mergekit_stf.host.checkpoints.files import write_text
-from mergekit_stf.host.checkpoints.inputs import input_models, places
+from mergekit_stf.host.checkpoints.inputs import input_models, input_places
 from mergekit_stf.host.diagnostics.finished import HOST_RECIPE
 from mergekit_stf.host.diagnostics.records import FILE_NAME, Recorder
 from mergekit_stf.host.lora.adapter_file import Module, write_adapter
@@ -22,7 +22,7 @@ from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.outputs.check import OutputCheck, check_output
 from mergekit_stf.host.outputs.config import settle_files
 from mergekit_stf.host.outputs.workspace import Workspace
-from mergekit_stf.host.provenance.card import card
+from mergekit_stf.host.provenance.card import make_card
 from mergekit_stf.host.provenance.digests import Digests
 from mergekit_stf.host.provenance.lock import make_lock, write_lock
 from mergekit_stf.host.recipe.recipe import Recipe
@@ -66,7 +66,7 @@ def merge_to_model(
         settle_files(Path(jobs.plan.base.model.path), folder)
         return []
 
-    with Workspace(out, force, places(recipe, options)) as work:
+    with Workspace(out, force, input_places(recipe, options)) as work:
         return _merge(recipe, options, work, write, ("lora",), locked)
 
 
@@ -98,7 +98,7 @@ def merge_to_adapter(
         return write_adapter(jobs, recipe.config, folder, max_rank)
 
     shortened = () if max_rank is None else ("--max-rank", str(max_rank))
-    with Workspace(out, force, places(recipe, options)) as work:
+    with Workspace(out, force, input_places(recipe, options)) as work:
         return _merge(recipe, options, work, write, ("lora", "--adapter", *shortened), locked)
 
 
@@ -120,7 +120,7 @@ def _merge(
         desk.notices.close()
         check = None if modules else _check(jobs, folder)
         library = "peft" if modules else "transformers"
-        written = card(recipe.config, recipe.text, folder.name, library, locked)
+        written = make_card(recipe.config, recipe.text, folder.name, library, locked)
         write_text(folder / "README.md", written)
         write_text(folder / HOST_RECIPE, recipe.text)
         if locked:

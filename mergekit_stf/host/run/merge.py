@@ -15,9 +15,9 @@ from mergekit.options import MergeOptions
 from mergekit_stf.core import methods
 from mergekit_stf.host.adapters.copies import copy_adapters
 from mergekit_stf.host.architectures.all_weights import check_quantised, our_merge
-from mergekit_stf.host.architectures.coverage import unguarded
+from mergekit_stf.host.architectures.coverage import suspend_guard
 from mergekit_stf.host.checkpoints.files import write_text
-from mergekit_stf.host.checkpoints.inputs import InputModel, input_models, places
+from mergekit_stf.host.checkpoints.inputs import InputModel, input_models, input_places
 from mergekit_stf.host.diagnostics.records import FILE_NAME, Recorder
 from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.outputs.check import check_output
@@ -25,7 +25,7 @@ from mergekit_stf.host.outputs.config import settle_files
 from mergekit_stf.host.outputs.workspace import Workspace
 from mergekit_stf.host.planning.preflight import preflight
 from mergekit_stf.host.plugin.method import host_method
-from mergekit_stf.host.provenance.card import card
+from mergekit_stf.host.provenance.card import make_card
 from mergekit_stf.host.provenance.digests import Digests, Known
 from mergekit_stf.host.provenance.lock import Lock, make_lock, write_lock
 from mergekit_stf.host.recipe.recipe import Recipe
@@ -62,21 +62,21 @@ class StoreOptions:
 
 
 @dataclass(frozen=True)
-class Merged:
+class FinishedMerge:
     """A finished merge: its lock, and one line on what the store did."""
 
     lock: Lock
     store: str
 
 
-def merge(
+def merge_recipe(
     recipe: Recipe,
     out: Path,
     options: MergeOptions,
     store_options: StoreOptions | None = None,
     force: bool = False,
     known: Known | None = None,
-) -> Merged:
+) -> FinishedMerge:
     """Check everything, merge beside ``out``, and put the result and its lock into place.
 
     Args:
@@ -91,7 +91,7 @@ def merge(
         STFError: whatever is wrong, before or during the merge; ``out`` is then as it was.
     """
     wanted = store_options or StoreOptions()
-    reads = places(recipe, options)
+    reads = input_places(recipe, options)
     with Workspace(out, force, reads, wanted.folder, wanted.keep) as work:
         config = OrderedConfiguration.model_validate(dict(recipe.config))
         models = input_models(config, options)
@@ -117,16 +117,16 @@ def merge(
         write_lock(lock, work.output)
         work.publish()
         summary = store.summary()
-    return Merged(lock, summary)
+    return FinishedMerge(lock, summary)
 
 
 def _run(
     desk: Desk, config: MergeConfiguration, text: str, output: Path, options: MergeOptions
 ) -> None:
-    written = card(config, text, output.name)
-    ours = methods.known(config.merge_method)
+    written = make_card(config, text, output.name)
+    ours = methods.is_known(config.merge_method)
     seat = host_method(config.merge_method).at(desk) if ours else contextlib.nullcontext()
-    with unguarded(), our_merge(), seat:  # the preflight has checked it
+    with suspend_guard(), our_merge(), seat:  # the preflight has checked it
         run_merge(config.model_copy(deep=True), str(output), options, text)
     write_text(output / "mergekit_config.yml", text)
     write_text(output / "README.md", written)

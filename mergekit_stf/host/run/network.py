@@ -18,7 +18,7 @@ SETTINGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 
 
 @contextmanager
-def offline() -> Iterator[None]:
+def stay_offline() -> Iterator[None]:
     """Let the host, the hub's client, and all that load through it use local files in the block.
 
     The host lists a model's files at the hub even if it has them, so it is told where they lie.
@@ -31,7 +31,7 @@ def offline() -> Iterator[None]:
         yield
 
 
-def cached(name: str, revision: str | None, cache: str | None) -> Path:
+def cached_folder(name: str, revision: str | None, cache: str | None) -> Path:
     """Return the folder of a hub model in the cache on this machine.
 
     Args:
@@ -55,4 +55,4 @@ def _local_path(
     path: str = model.model.path
     if os.path.exists(path):
         return path
-    return str(cached(path, model.model.revision, cache_dir))
+    return str(cached_folder(path, model.model.revision, cache_dir))

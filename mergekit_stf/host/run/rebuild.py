@@ -16,12 +16,12 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.inputs import InputModel, input_models
-from mergekit_stf.host.provenance.conditions import machine
+from mergekit_stf.host.provenance.conditions import describe_machine
 from mergekit_stf.host.provenance.lock import FILE_NAME, Lock, device_name, read_lock
 from mergekit_stf.host.recipe.recipe import Recipe, check_recipe
 from mergekit_stf.host.run.lora import merge_to_adapter, merge_to_model
-from mergekit_stf.host.run.merge import merge
-from mergekit_stf.host.run.network import offline
+from mergekit_stf.host.run.merge import merge_recipe
+from mergekit_stf.host.run.network import stay_offline
 
 MOST_THREADS = 1024
 """Threads that a rebuild starts at most; no machine merges with more, and a system refuses many."""
@@ -52,7 +52,7 @@ def rebuild(
     _check_conditions(lock, options.device or "cpu")
     recipe = check_recipe(lock.recipe, FILE_NAME)
     threads = torch.get_num_threads()
-    with offline():
+    with stay_offline():
         _check_inputs(lock, input_models(recipe.config, options))
         torch.set_num_threads(lock.threads)
         try:
@@ -71,7 +71,7 @@ def _check_conditions(lock: Lock, device: str) -> None:
         raise STFError(f"merged on {lock.device}, here is {here}; its bytes cannot be compared")
     if lock.threads > MOST_THREADS:
         raise STFError(f"{FILE_NAME}: {lock.threads} threads; at most {MOST_THREADS} are started")
-    now = machine()
+    now = describe_machine()
     if now.vectors != lock.machine.vectors:
         LOG.warning("the processor has other vector instructions; bytes may differ for that reason")
     if now.kernels != lock.machine.kernels:
@@ -83,7 +83,7 @@ def _check_conditions(lock: Lock, device: str) -> None:
 
 
 def _check_inputs(lock: Lock, models: Sequence[InputModel]) -> None:
-    """Refuse a recipe whose inputs are not those that the lock lists, and `differences` checked."""
+    """Refuse a recipe of other inputs than the lock lists, which `find_differences` has checked."""
     listed = {m.reference: (m.commit, {file.name for file in m.files}) for m in lock.models}
     here = {model.reference: (model.commit, set(model.files)) for model in models}
     for reference in sorted(listed.keys() | here.keys()):
@@ -97,7 +97,7 @@ def _check_inputs(lock: Lock, models: Sequence[InputModel]) -> None:
 def _again(lock: Lock, recipe: Recipe, out: Path, options: MergeOptions) -> Lock:
     match lock.command:
         case ("merge",):
-            return merge(recipe, out, options).lock
+            return merge_recipe(recipe, out, options).lock
         case ("lora",):
             merge_to_model(recipe, out, options, locked=True)
         case ("lora", "--adapter"):

@@ -12,7 +12,7 @@ WAITING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until the end of the block, where they take effect.
 
     Only the main thread can do that, and only it gets signals; in others the block is as any.

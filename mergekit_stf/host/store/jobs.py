@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_stf.core import Merged, STFError, methods
 from mergekit_stf.core.methods.method import BASE, MERGE
-from mergekit_stf.host.checkpoints.stored import loaded
+from mergekit_stf.host.checkpoints.stored import as_tensor
 from mergekit_stf.host.diagnostics.records import from_json, to_json
 from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.store.entry import key_of, source_of
@@ -26,7 +26,7 @@ class Shelf:
 
     def __init__(self, store: Store, job: WeightJob) -> None:
         self._store, self._job = store, job
-        self._key = key_of([loaded(job.base), *tuned_of(job)], conditions_of(job))
+        self._key = key_of([as_tensor(job.base), *tuned_of(job)], conditions_of(job))
 
     def get(self) -> Merged | None:
         """Return what is stored for the job, None where nothing is."""
@@ -46,14 +46,14 @@ def takes(job: WeightJob) -> bool:
     """Say whether a job is one whose result is stored; adapters' factors are read as quickly."""
     from_tensors = all(task.tuned is not None for task in job.tasks)
     densities = [task.density for task in job.tasks]
-    return from_tensors and is_worth(job.applied_rule, len(job.base.shape), densities)
+    return from_tensors and is_worth(job.resolved_rule, len(job.base.shape), densities)
 
 
 def is_worth(rule: str, dimensions: int, densities: Sequence[float]) -> bool:
     """Say whether a weight takes longer to compute than to read.
 
     Args:
-        rule: that merges the weight, as ``WeightJob.applied_rule`` has it.
+        rule: that merges the weight, as ``WeightJob.resolved_rule`` has it.
         dimensions: of its shape.
         densities: the fraction that trimming keeps, for each task.
     """
@@ -62,7 +62,7 @@ def is_worth(rule: str, dimensions: int, densities: Sequence[float]) -> bool:
 
 def conditions_of(job: WeightJob) -> dict[str, object]:
     """Return all that M depends on besides tensors and machine: no lambda, and sums no options."""
-    merges = job.applied_rule == MERGE
+    merges = job.resolved_rule == MERGE
     own = {
         "method": job.method,
         "source": source_of(type(methods.get(job.method))),
@@ -78,7 +78,7 @@ def conditions_of(job: WeightJob) -> dict[str, object]:
 
 def tuned_of(job: WeightJob) -> list[Tensor]:
     """Return the models' tensors."""
-    return [loaded(task.tuned) for task in job.tasks if task.tuned is not None]
+    return [as_tensor(task.tuned) for task in job.tasks if task.tuned is not None]
 
 
 def _restored(job: WeightJob, M: Tensor, note: str) -> Merged:

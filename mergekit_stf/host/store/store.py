@@ -172,10 +172,10 @@ class Store:
         """Say in one line what the store did and what it takes."""
         return (
             f"store {self.folder}: {self.hits} matrices found, {self.written} written, "
-            f"{self.taken() / 1e6:.1f} MB of at most {self.size / 1e6:.0f} MB"
+            f"{self.count_bytes() / 1e6:.1f} MB of at most {self.size / 1e6:.0f} MB"
         )
 
-    def taken(self) -> int:
+    def count_bytes(self) -> int:
         """Return the bytes that all entries take."""
         return sum(stat.st_size for stat in map(_stat, self._entries()) if stat)
 
@@ -186,7 +186,7 @@ class Store:
         return self.folder.glob(f"[0-9a-f]*{SUFFIX}")
 
     def _make_room(self, needed: int) -> bool:
-        excess = self.taken() + needed - self.size
+        excess = self.count_bytes() + needed - self.size
         if excess <= 0:
             return True
         stale = [(s.st_mtime_ns, s.st_size, p) for p in self._entries() if (s := _stat(p))]

@@ -1,13 +1,15 @@
-"""Features that a float32 eigensolver left mixed, turned apart.
+"""Singular vectors that a float32 eigensolver left mixed, refined to the accuracy of float32.
 
-In the found basis the images ``b_k = M v_k`` are graded, so that their products carry each pair of
-features with the precision of its own size. The angle by which two of them are mixed, as in
-Jacobi's method, is ``tan 2θ_kl = 2 b_kᵀb_l / (b_k² - b_l²)``; all pairs are turned at once, which
-converges quadratically (Ogita and Aishima 2018, who take angles to first order). Rounding leaves
-an angle of about ``eps s_1 / (s_k - s_l)``, which is small for all but a few pairs of nearly equal
-lengths. Those are not turned, since their angles would be noise, of up to half a radian, that
-keeps all others from settling: they are told apart in float64, within their span. Rounding tilts
-that span by some ``eps``, which enters with its square.
+The rows of ``Vh`` that a float32 eigensolver returns are nearly right singular vectors of M, but
+neighbours are mixed with each other. Their images ``b_k = M v_k`` tell by how much: two of them are
+orthogonal after a rotation by the angle θ_kl of Jacobi's method,
+``tan 2θ_kl = 2 b_kᵀb_l / (b_k² - b_l²)``. All pairs are rotated at once, which converges
+quadratically (Ogita and Aishima 2018, who take the angles to first order).
+
+Rounding adds about ``eps s_1 / (s_k - s_l)`` to an angle, which is little unless the two singular
+values are nearly equal. Such pairs are few. They are not rotated, since their angles would be noise
+of up to half a radian, and the others would never settle. They are separated in float64, within
+their span; rounding tilts that span by some ``eps``, which enters with its square.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core.features.features import Features
-from mergekit_stf.core.features.routes import complete, eigen, lower_gram, separate_tail
-from mergekit_stf.core.precision import CHUNK, split
+from mergekit_stf.core.features.routes import complete_triples, eigen, lower_gram, separate_tail
+from mergekit_stf.core.precision import CHUNK, split_rows
 from mergekit_stf.core.tolerances import (
-    APART,
     CLOSE,
     EQUAL,
     FINE_TAIL,
-    LARGEST_TURN,
+    LARGEST_ROTATION,
+    MAX_SWEEPS,
     RANK,
     SHORT,
-    TURNS,
+    SMALL_ANGLE,
 )
 
 BAND = 2**22
@@ -38,40 +40,43 @@ TERMS = 256
 """Terms of a float32 product that are summed before float64 takes over, where that matters."""
 
 MOST = 512
-"""Features of one run of close lengths that are told apart; a longer run stays as it is found."""
+"""Features of one run of close lengths that are separated; a longer run stays as it is found."""
 
 
 def gram_refined(M: Tensor) -> Features:
-    """Diagonalise ``MᵀM`` in float32 and turn mixed features apart (``turning``), to about 1e-5."""
+    """Diagonalise ``MᵀM`` in float32 and refine the vectors; the merged matrix errs by 1e-5."""
     _, Vh = eigen(lower_gram(M, M.dtype))
     _, Vh = separate_tail(Vh @ M.mT, Vh, FINE_TAIL)
-    return complete(*settled(M, Vh), "gram_refined")
+    return complete_triples(*refine_vectors(M, Vh), "gram_refined")
 
 
-def settled(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``Vh Mᵀ`` and ``Vh`` of the right singular vectors that the rows are mixtures of.
+def refine_vectors(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the right singular vectors of which the rows of ``Vh`` are mixtures.
 
     The merged matrix comes within 1e-5 of that of float64 where some lengths are nearly equal, and
     within 3e-5 where all are, whatever the gaps, unless the spectrum is steep: below ``1e-3 s_1``
     float32 tells less (measured, see ``docs/method.md``). If an eigensolver mixed so much that
-    turning does not settle, the last basis is made orthonormal.
+    the sweeps do not settle, the last basis is made orthonormal.
 
     Args:
         M: (m, n).
         Vh: (n, n), nearly orthonormal, rows in the order of their images but for rounding.
+
+    Returns:
+        The images ``Vh Mᵀ``, (n, m), and the vectors as the rows of ``Vh``.
     """
-    for _ in range(TURNS):
-        Vh, largest = turned(images(M, Vh), Vh)
-        if largest <= APART:
+    for _ in range(MAX_SWEEPS):
+        Vh, largest = rotate_pairs(form_images(M, Vh), Vh)
+        if largest <= SMALL_ANGLE:
             break
     else:
         Vh = torch.linalg.qr(Vh.mT).Q.mT
-    image = images(M, Vh)
-    tell_apart(M, image, Vh)
+    image = form_images(M, Vh)
+    separate_close(M, image, Vh)
     return image, Vh
 
 
-def images(M: Tensor, Vh: Tensor) -> Tensor:
+def form_images(M: Tensor, Vh: Tensor) -> Tensor:
     """Return ``Vh Mᵀ``, the short images from products of few terms that are summed in float64.
 
     A float32 sum errs by its largest term, which is as long as M and not as its image.
@@ -88,18 +93,18 @@ def images(M: Tensor, Vh: Tensor) -> Tensor:
     return image
 
 
-def turned(image: Tensor, Vh: Tensor) -> tuple[Tensor, float]:
-    """Turn pairs of rows by the angle at which their images are orthogonal.
+def rotate_pairs(image: Tensor, Vh: Tensor) -> tuple[Tensor, float]:
+    """Rotate all pairs of rows at once, each by the angle that makes its images orthogonal.
 
-    Pairs whose lengths differ by less than half of ``CLOSE`` stay for ``tell_apart``, which goes up
-    to ``CLOSE``: lengths change a little in between, and no pair is to be missed by both.
+    Pairs whose lengths differ by less than half of ``CLOSE`` are left to ``separate_close``, which
+    goes up to ``CLOSE``: lengths change a little in between, and no pair may be missed by both.
 
     Args:
         image: (n, m), ``Vh Mᵀ``.
         Vh: (n, n), nearly orthonormal.
 
     Returns:
-        The turned rows, orthonormal to second order in the angles, and the largest angle.
+        The rotated rows, orthonormal to second order in the angles, and the largest angle.
     """
     length = torch.linalg.vector_norm(image, dim=1)
     length = length.clamp(min=max(float(RANK * length.max()), torch.finfo(length.dtype).tiny))
@@ -117,13 +122,13 @@ def turned(image: Tensor, Vh: Tensor) -> tuple[Tensor, float]:
         angle.masked_fill_(gap.abs() <= floor + floor[k].unsqueeze(1), 0)
         total[k], largest[k] = angle.abs().sum(1), angle.abs().amax(1)
         cosine[k] = angle
-    share = (LARGEST_TURN / total).clamp(max=1)
+    share = (LARGEST_ROTATION / total).clamp(max=1)
     for k in bands:
         cosine[k] *= torch.minimum(share, share[k].unsqueeze(1))
     return torch.addmm(Vh, cosine.add_(excess, alpha=0.5), Vh), float(largest.max())
 
 
-def tell_apart(M: Tensor, image: Tensor, Vh: Tensor) -> None:
+def separate_close(M: Tensor, image: Tensor, Vh: Tensor) -> None:
     """Diagonalise ``MᵀM`` in float64 within the span of each run of close features, in place.
 
     The merged matrix depends on the basis of nearly equal features. They are few: those of random
@@ -135,18 +140,18 @@ def tell_apart(M: Tensor, image: Tensor, Vh: Tensor) -> None:
         Vh: (n, n), nearly orthonormal; the same rows are replaced.
     """
     length, order = torch.linalg.vector_norm(image, dim=1).sort(descending=True)
-    runs = _close(length)
+    runs = _find_close_runs(length)
     ends = accumulate(end - start for start, end in runs)
     for _, batch in groupby(zip(runs, ends, strict=True), lambda pair: pair[1] // MOST):
         spans = [order[start:end] for (start, end), _ in batch]
         rows, sizes = torch.cat(spans), [span.numel() for span in spans]
         V = torch.linalg.qr(Vh[rows].double().mT).Q.mT
-        exact = torch.cat([V @ part.double().mT for part in split(M)], dim=1)
-        R = _within(sizes, (exact @ exact.mT).cpu()).to(V.device)
+        exact = torch.cat([V @ part.double().mT for part in split_rows(M)], dim=1)
+        R = _diagonalise_blocks(sizes, (exact @ exact.mT).cpu()).to(V.device)
         Vh[rows], image[rows] = (R @ V).to(Vh.dtype), (R @ exact).to(image.dtype)
 
 
-def _close(length: Tensor) -> list[tuple[int, int]]:
+def _find_close_runs(length: Tensor) -> list[tuple[int, int]]:
     """Return where runs of close lengths start and end, in descending lengths, noise left out."""
     near = (length[1:] > (1 - CLOSE) * length[:-1]) & (length[1:] > RANK * length[0])
     cuts = (torch.nonzero(~near).reshape(-1) + 1).tolist()
@@ -154,7 +159,7 @@ def _close(length: Tensor) -> list[tuple[int, int]]:
     return [(start, end) for start, end in runs if 1 < end - start <= MOST]
 
 
-def _within(sizes: list[int], gram: Tensor) -> Tensor:
+def _diagonalise_blocks(sizes: list[int], gram: Tensor) -> Tensor:
     """Return the rotation that diagonalises the diagonal blocks of these sizes, each by itself."""
     R = torch.zeros_like(gram)
     for size, end in zip(sizes, accumulate(sizes), strict=True):
