@@ -204,7 +204,7 @@ def test_the_store_knows_the_method_s_name(
 ) -> None:
     """Two methods of one file and of the same options do not share what they merged."""
     again = (
-        'class Again(LeadingSum):\n    name = "again"\n\n\nregister(Again())\nplugin.register()\n'
+        'class Again(LeadingSum):\n    name = "again"\n\n\nregister(Again())\nplugin.register_with_mergekit()\n'
     )
     toy = tmp_path / TOY.name
     toy.write_text(TOY.read_text("utf-8") + "\n\n" + again, encoding="utf-8")

@@ -264,7 +264,7 @@ def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyP
     """Seconds of every weight, of every byte hashed and written, and of the start."""
     costs = {MERGE: 3.0, "sum": 0.5, "mean": 0.25}
     monkeypatch.setattr(
-        estimate, "measure", lambda found, device: {one: costs[one.rule] for one in found}
+        estimate, "time_workloads", lambda found, device: {one: costs[one.rule] for one in found}
     )
     monkeypatch.setattr(estimate, "process_age", lambda: 7.0)
     monkeypatch.setattr(estimate, "peak_rss", lambda: 10**9)

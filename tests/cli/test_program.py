@@ -129,7 +129,7 @@ def test_an_interruption_after_the_publishing_says_that_all_is_done(
         signal.raise_signal(signal.SIGINT)
         return put(*arguments)
 
-    monkeypatch.setattr(workspace, "put", signalled)
+    monkeypatch.setattr(workspace, "put_in_place", signalled)
     assert said(run("merge", recipe, out)) == f"{out} is complete."
     assert run("verify", out).exit_code == 0
 
