@@ -203,9 +203,8 @@ def test_the_store_knows_the_method_s_name(
     store: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Two methods of one file and of the same options do not share what they merged."""
-    again = (
-        'class Again(LeadingSum):\n    name = "again"\n\n\nregister(Again())\nplugin.register_with_mergekit()\n'
-    )
+    calls = "register(Again())\nplugin.register_with_mergekit()\n"
+    again = f'class Again(LeadingSum):\n    name = "again"\n\n\n{calls}'
     toy = tmp_path / TOY.name
     toy.write_text(TOY.read_text("utf-8") + "\n\n" + again, encoding="utf-8")
     for number, (name, found) in enumerate(((NAME, 0), ("again", 0), ("again", 14))):

@@ -74,8 +74,6 @@ def test_the_maps_of_a_split_are_merged_one_by_one(method: str) -> None:
     tuned = [draw(seed, 30, 60) for seed in range(3)]
     job = job_of(method, Kind.LINEAR, [*tuned], split=parse_split("columns 3"))
     found = merge_weight(job).tensor
-        job_of(method, Kind.LINEAR, [*tuned], split=parse_split("columns 3"))
-    ).tensor
     parts = [P.split(20, dim=1) for P in tuned]
     for number, own in enumerate(zip(*parts, strict=True)):
         alone = merge_weight(job_of(method, Kind.LINEAR, [P.contiguous() for P in own])).tensor
