@@ -1,4 +1,4 @@
-"""PCB, Consensus TA and Localize-and-Stitch in float64, from their papers, by sorting."""
+"""PCB, Consensus TA, Localize-and-Stitch and MetaGPT in float64, from their papers."""
 
 import numpy as np
 
@@ -33,3 +33,8 @@ def consensus_ta(matrices, mask=0.4, agreeing=2, input_axis=1):
 def localize_stitch(matrices, input_axis=1):
     masks = [M != 0 for M in matrices]
     return sum(matrices) / np.maximum(1, np.sum(masks, axis=0))
+
+
+def metagpt(matrices, squares, input_axis=1):
+    """The squares are ``|θ_i - θ_0|²`` of the whole models."""
+    return sum(square * M for square, M in zip(squares, matrices, strict=True)) / sum(squares)

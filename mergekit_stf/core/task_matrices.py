@@ -39,6 +39,8 @@ class TaskMatrices:
         name: of the weight, for warnings and errors.
         input_axis: the axis that is multiplied with the inputs: 1, and 0 where a layer stores its
             weight transposed, as GPT-2's do.
+        squared_distances: ``|θ_i - θ_0|²`` of each model as a whole to the base, over all its
+            weights, where the method asks for it.
     """
 
     read: Callable[[], Iterable[Tensor | LowRank]]
@@ -50,6 +52,7 @@ class TaskMatrices:
     source_dtype: torch.dtype = torch.float32
     name: str = ""
     input_axis: int = 1
+    squared_distances: tuple[float, ...] = ()
     _features: dict[tuple[float, str], tuple[Features, ...]] = field(default_factory=dict)
 
     @classmethod

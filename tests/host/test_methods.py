@@ -13,9 +13,18 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tests.elementwise_oracles import consensus_ta, localize_stitch, pcb
+from tests.elementwise_oracles import consensus_ta, localize_stitch, metagpt, pcb
 from tests.host import models
-from tests.host.merging import merge, parameters, recipe, relative_error, reload, rules_of, state
+from tests.host.merging import (
+    State,
+    merge,
+    parameters,
+    recipe,
+    relative_error,
+    reload,
+    rules_of,
+    state,
+)
 from tests.oracle import trim
 from tests.subspace_oracles import iso_c, tsv_m
 from tests.wudi_oracle import wudi
@@ -24,6 +33,7 @@ ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
     "pcb": pcb,
     "consensus_ta": consensus_ta,
     "localize_stitch": localize_stitch,
+    "metagpt": metagpt,
 }
 """Methods that merge weights of every kind."""
 
@@ -59,12 +69,19 @@ def turned(model: PreTrainedModel) -> set[str]:
     return found | (experts if type(model).__name__.startswith("GptOss") else set())
 
 
-def wanted(
-    method: str, model: PreTrainedModel, tuned: list[dict[str, torch.Tensor]], **given: Any
-) -> dict[str, torch.Tensor]:
+def squared_distances(base: State, tuned: list[State]) -> list[float]:
+    return [
+        sum(float((one[n].double() - base[n].double()).square().sum()) for n in base)
+        for one in tuned
+    ]
+
+
+def wanted(method: str, model: PreTrainedModel, tuned: list[State], **given: Any) -> State:
     """Return what a method at its default lambda makes of every parameter."""
     base, rules, rows = state(model), rules_of(model), turned(model)
     density, found = given.pop("density", 1.0), {}
+    if method == "metagpt":
+        given["squares"] = squared_distances(base, tuned)
     for name, tensor in base.items():
         P0, *others = (one[name].double().numpy() for one in (base, *tuned))
         deltas = np.stack([P - P0 for P in others])

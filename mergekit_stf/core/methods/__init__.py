@@ -5,6 +5,7 @@ from __future__ import annotations
 from mergekit_stf.core.methods.consensus_ta import ConsensusTA
 from mergekit_stf.core.methods.iso_c import IsoC
 from mergekit_stf.core.methods.localize_stitch import LocalizeAndStitch
+from mergekit_stf.core.methods.metagpt import MetaGPT
 from mergekit_stf.core.methods.method import Kind, Merged, Method, combined, describe
 from mergekit_stf.core.methods.options import RANK, Option
 from mergekit_stf.core.methods.pcb import PCB
@@ -68,5 +69,6 @@ for _method in (
     PCB(),
     ConsensusTA(),
     LocalizeAndStitch(),
+    MetaGPT(),
 ):
     register(_method)

@@ -81,6 +81,8 @@ class Method(ABC):
         elementwise: the method treats every entry by itself, so that it merges weights of any
             shape: what is no linear map comes whole, as a matrix of its first axis and the rest.
         sided: the method treats inputs and outputs of a linear map differently.
+        whole_models: the method asks for ``TaskMatrices.squared_distances``, for which all models
+            are read once before the first weight is merged.
         own_rule: what the method's own rule is called in recipes and tables.
     """
 
@@ -94,6 +96,7 @@ class Method(ABC):
     rules: ClassVar[Mapping[Kind, str]] = PAPER_RULES
     elementwise: ClassVar[bool] = False
     sided: ClassVar[bool] = False
+    whole_models: ClassVar[bool] = False
     own_rule: ClassVar[str] = MERGE
 
     def takes_whole(self, kind: Kind) -> bool:

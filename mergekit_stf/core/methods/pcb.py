@@ -64,29 +64,29 @@ class PCB(Method):
         total = sum(matrices[1:], matrices[0])
         weighted, weights = torch.zeros_like(total), torch.zeros_like(total)
         for M in matrices:
-            clipped = clip(M)
-            beta = kept(score(M, clipped, total, tasks.count), options["ratio"])
+            clipped = clip_outliers(M)
+            beta = keep_leading(compute_scores(M, clipped, total, tasks.count), options["ratio"])
             weighted.addcmul_(clipped, beta)
             weights += beta
         M = torch.where(weights > 0, weighted / weights, 0.0)
         return Merged(M, describe(TaskMatrices.of(matrices), M))
 
 
-def score(M: Tensor, clipped: Tensor, total: Tensor, count: int) -> Tensor:
+def compute_scores(M: Tensor, clipped: Tensor, total: Tensor, count: int) -> Tensor:
     """Return how each entry of a task competes, up to a factor, which ``N`` cancels.
 
     Args:
         M: the task matrix.
-        clipped: what ``clip`` makes of it.
+        clipped: what ``clip_outliers`` makes of it.
         total: the sum of all.
         count: T, of all tasks.
     """
-    size = normalised(clipped.abs())
+    size = normalise(clipped.abs())
     # The factor is exp(-T), which keeps many tasks from overflowing.
     return torch.exp(count * (size.square() - 1)) * torch.tanh(M * total)
 
 
-def kept(scores: Tensor, ratio: float) -> Tensor:
+def keep_leading(scores: Tensor, ratio: float) -> Tensor:
     """Return the coefficients ``β`` of one task's entries, in [0, 1].
 
     Args:
@@ -95,11 +95,11 @@ def kept(scores: Tensor, ratio: float) -> Tensor:
     """
     rank = max(1, scores.numel() - int(scores.numel() * (1 - ratio)))
     threshold, _ = kth_largest(scores.reshape(-1), rank)
-    beta = normalised(scores.clamp(min=threshold))
+    beta = normalise(scores.clamp(min=threshold))
     return beta if threshold < scores.max() else beta * (scores == threshold) * (threshold > 0)
 
 
-def clip(M: Tensor) -> Tensor:
+def clip_outliers(M: Tensor) -> Tensor:
     """Return ``M`` with its outlying magnitudes brought to the next ones; signs and zeros stay."""
     outliers = int(OUTLIERS * M.numel())
     if not outliers:
@@ -110,7 +110,7 @@ def clip(M: Tensor) -> Tensor:
     return M.sign() * M.abs().clamp(least, largest)
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalise(x: Tensor) -> Tensor:
     """Return ``(x - min) / (max - min)``, 1 everywhere where all entries are equal."""
     low, high = torch.aminmax(x)
     return (x - low) / (high - low) if high > low else torch.ones_like(x)

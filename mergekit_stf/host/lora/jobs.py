@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mergekit_stf.core import Merged, methods
-from mergekit_stf.host.checkpoints.stored import StoredTensor
+from mergekit_stf.core import LowRank, Merged, methods
+from mergekit_stf.host.checkpoints.stored import StoredTensor, as_tensor
 from mergekit_stf.host.lora.plan import AdapterPlan, Change, TouchedWeight
 from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.merging.finite import copy_weight, is_finite
 from mergekit_stf.host.merging.job import Task, WeightJob, finish_in_blocks
 from mergekit_stf.host.merging.split import parse_split
+from mergekit_stf.host.merging.whole_models import squared_length
 from mergekit_stf.host.plugin.groups import input_axis_of
 
 Found = tuple[WeightJob, Merged]
@@ -33,6 +36,7 @@ class AdapterJobs:
 
     def __init__(self, plan: AdapterPlan, desk: Desk) -> None:
         self.plan, self.desk = plan, desk
+        self._distances = measure_distances(plan)
         self.infinite: list[str] = []
 
     def merge_matrix(self, stored: str, out_dtype: torch.dtype | None = None) -> Found | None:
@@ -51,7 +55,7 @@ class AdapterJobs:
         weight = self.plan.touched.get(stored)
         if weight is None or weight.planned.rule == "base":
             return None
-        job = make_adapter_job(self.plan, weight, stored, out_dtype)
+        job = make_adapter_job(self.plan, weight, stored, out_dtype, self._distances)
         return job, self.desk.merge_matrix(job)
 
     def finish_in_blocks(
@@ -80,7 +84,11 @@ class AdapterJobs:
 
 
 def make_adapter_job(
-    plan: AdapterPlan, weight: TouchedWeight, stored: str, out_dtype: torch.dtype | None
+    plan: AdapterPlan,
+    weight: TouchedWeight,
+    stored: str,
+    out_dtype: torch.dtype | None,
+    distances: Sequence[float | None],
 ) -> WeightJob:
     """Return the job of a weight that adapters touch, its tasks in the order of the recipe.
 
@@ -89,17 +97,24 @@ def make_adapter_job(
         weight: the weight.
         stored: its name in the base's checkpoint.
         out_dtype: the type to write.
+        distances: of ``measure_distances``.
     """
-    planned = weight.planned
-    base = StoredTensor(plan.base, stored, planned.header.shape, planned.header.dtype)
-    settings = zip(plan.adapters, weight.changes, planned.weight, planned.density, strict=True)
+    planned, base = weight.planned, _base(plan, stored)
+    settings = zip(
+        plan.adapters, weight.changes, planned.weight, planned.density, distances, strict=True
+    )
     return WeightJob(
         name=planned.name,
         kind=planned.kind,
         base=base,
         tasks=tuple(
-            _task(adapter.source, change, base, factor, density)
-            for adapter, change, factor, density in settings
+            replace(
+                _task(adapter.source, change, base),
+                weight=factor,
+                density=density,
+                squared_distance=distance,
+            )
+            for adapter, change, factor, density, distance in settings
         ),
         method=planned.method,
         options=planned.options,
@@ -112,15 +127,46 @@ def make_adapter_job(
     )
 
 
-def _task(
-    source: str, change: Change | None, base: StoredTensor, weight: float, density: float
-) -> Task:
+def measure_distances(plan: AdapterPlan) -> tuple[float | None, ...]:
+    """Return what each adapter adds to the base as a whole, ``Σ |ΔP|²``, from factors where it can.
+
+    It is None for each where the method does not ask for it.
+    """
+    asks = any(methods.get(w.planned.method).whole_models for w in plan.touched.values())
+    if not asks:
+        return (None,) * len(plan.adapters)
+    return tuple(
+        math.fsum(
+            _square(_task(adapter.source, weight.changes[number], base), base)
+            for weight, base in ((w, _base(plan, name)) for name, w in plan.touched.items())
+        )
+        for number, adapter in enumerate(plan.adapters)
+    )
+
+
+def _square(task: Task, base: StoredTensor) -> float:
+    """Return ``|ΔP|²`` of one weight; with nothing changed it is 0."""
+    if isinstance(task.delta, LowRank):
+        return task.delta.inner(task.delta)
+    if task.delta is not None:
+        return squared_length(task.delta)
+    if task.tuned is None:
+        return 0.0
+    compute = torch.promote_types(base.dtype, torch.float32)
+    return squared_length(as_tensor(task.tuned).to(compute) - base.load().to(compute))
+
+
+def _base(plan: AdapterPlan, stored: str) -> StoredTensor:
+    header = plan.touched[stored].planned.header
+    return StoredTensor(plan.base, stored, header.shape, header.dtype)
+
+
+def _task(source: str, change: Change | None, base: StoredTensor) -> Task:
     if change is None:
         return Task(source)
     if change.factors is None:
-        return Task(source, tuned=change.replaced, weight=weight, density=density)
-    delta = change.factors if _keeps_base(change, base) else _whole(change, base)
-    return Task(source, delta=delta, weight=weight, density=density)
+        return Task(source, tuned=change.replaced)
+    return Task(source, delta=change.factors if _keeps_base(change, base) else _whole(change, base))
 
 
 def _keeps_base(change: Change, base: StoredTensor) -> bool:

@@ -71,6 +71,9 @@ def task_matrices(job: WeightJob, index: Index, name: str) -> TaskMatrices:
         source_dtype=job.base.dtype,
         name=name,
         input_axis=job.input_axis,
+        squared_distances=tuple(
+            task.squared_distance for task in job.tasks if task.squared_distance is not None
+        ),
     )
 
 

@@ -41,6 +41,7 @@ class Task:
         delta: the difference to the base itself, whole or in factors.
         weight: scales the difference.
         density: fraction of its entries that trimming keeps.
+        squared_distance: of the whole model to the whole base, where the method asks for it.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Task:
     delta: Tensor | LowRank | None = None
     weight: float = 1.0
     density: float = 1.0
+    squared_distance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def _job(workload: Workload, side: int, device: torch.device) -> WeightJob:
         kind=Kind.LINEAR,
         base=base.to(workload.dtype),
         tasks=tuple(
-            Task(str(number), tuned=one.to(workload.dtype), weight=weight, density=density)
+            Task(str(number), one.to(workload.dtype), None, weight, density, squared_distance=1.0)
             for number, (one, weight, density) in enumerate(settings)
         ),
         method=workload.method,

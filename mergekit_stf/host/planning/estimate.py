@@ -22,6 +22,7 @@ from mergekit_stf.core.pool import workspace
 from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.checkpoints.headers import header_if_any
 from mergekit_stf.host.diagnostics.memory import peak_rss
+from mergekit_stf.host.merging.whole_models import squared_length
 from mergekit_stf.host.planning.calibrate import time_workloads, workload_of
 from mergekit_stf.host.planning.planned import PlannedWeight
 
@@ -80,7 +81,7 @@ def estimate_merge(
     output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
     store = sum(weight.stored_bytes for weight in weights)
     mapped = _input_bytes(weights)
-    files = _file_seconds(mapped, store + output, folder)
+    files = _file_seconds(mapped, store + output, folder) + _reading_seconds(weights)
     merging = sum(by_weight.values())
     work = max((_working_bytes(weight, device) for weight in weights), default=0)
     on_card = device.type == "cuda"
@@ -107,6 +108,19 @@ def process_age() -> float:
 
 def _matrix_bytes(weight: PlannedWeight) -> int:
     return weight.numel * max(weight.dtype.itemsize, torch.float32.itemsize)
+
+
+def _reading_seconds(weights: Sequence[PlannedWeight]) -> float:
+    """Return seconds to read all models once more, where the method asks for their lengths."""
+    asks = [weight for weight in weights if methods.get(weight.method).whole_models]
+    entries = sum(weight.numel * len(weight.models) for weight in asks)
+    if not entries:
+        return 0.0
+    sample = torch.ones(_SAMPLE // 8, dtype=torch.bfloat16)
+    squared_length(sample.float() - sample.float())  # the first call starts threads
+    started = time.perf_counter()
+    squared_length(sample.float() - sample.float())
+    return (time.perf_counter() - started) * entries / sample.numel()
 
 
 def _input_bytes(weights: Sequence[PlannedWeight]) -> int:

@@ -27,6 +27,7 @@ from mergekit_stf.host.compat import output_config
 from mergekit_stf.host.merging.job import Task, WeightJob, resolve_rule, rule_label
 from mergekit_stf.host.merging.kinds import kind_for
 from mergekit_stf.host.merging.split import parse_split as parse_split
+from mergekit_stf.host.merging.whole_models import measure_if_asked
 from mergekit_stf.host.plugin.groups import input_axis_of
 from mergekit_stf.host.store.jobs import is_worth
 
@@ -110,14 +111,15 @@ class PlannedWeight:
 
     def job(self, base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> WeightJob:
         """Return the merge of this weight, of tensors that were read."""
-        settings = zip(self.models, tuned, self.weight, self.density, strict=True)
+        distances = measure_if_asked(methods.get(self.method), self.base, self.models)
+        settings = zip(self.models, tuned, self.weight, self.density, distances, strict=True)
         return WeightJob(
             name=self.name,
             kind=self.kind,
             base=base,
             tasks=tuple(
-                Task(str(model), tuned=tensor, weight=weight, density=density)
-                for model, tensor, weight, density in settings
+                Task(str(model), tuned=tensor, weight=w, density=d, squared_distance=distance)
+                for model, tensor, w, d, distance in settings
             ),
             method=self.method,
             options=self.options,

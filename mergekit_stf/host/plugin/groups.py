@@ -19,6 +19,7 @@ from mergekit_stf.host.diagnostics.rounding import find_rounded_inputs
 from mergekit_stf.host.merging.job import Task, WeightJob
 from mergekit_stf.host.merging.kinds import kind_for
 from mergekit_stf.host.merging.split import parse_split
+from mergekit_stf.host.merging.whole_models import measure_if_asked
 from mergekit_stf.host.plugin.parameters import IGNORED
 
 
@@ -38,14 +39,17 @@ def make_job(
     """
     name = group.metadata.name or "a weight without a name"
     base = group.base.tensor
+    models = [entry.id for entry in group.non_base]
+    distances = measure_if_asked(method, group.base.id, models)
     tasks = [
         Task(
             str(entry.id),
             tuned=entry.tensor,
             weight=parameters["weight"][entry.id],
             density=parameters["density"][entry.id],
+            squared_distance=distance,
         )
-        for entry in group.non_base
+        for entry, distance in zip(group.non_base, distances, strict=True)
     ]
     return WeightJob(
         name=name,

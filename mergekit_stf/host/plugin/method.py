@@ -29,6 +29,7 @@ from mergekit_stf.core.methods import Method
 from mergekit_stf.host import architectures
 from mergekit_stf.host.architectures import all_weights, coverage
 from mergekit_stf.host.merging.desk import Desk, Environment, desk_of_environment, read_environment
+from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.plugin import saving
 from mergekit_stf.host.plugin.groups import make_job
 from mergekit_stf.host.plugin.parameters import parameters_of
@@ -110,7 +111,7 @@ class HostMethod(GroupMergeMethod):
         Raises:
             STFError: an input is not finite, or its type cannot be merged.
         """
-        return self.desk.run(make_job(self.method, group, parameters)).tensor
+        return self.desk.run(self._make_job(group, parameters)).tensor
 
     def _execute(
         self,
@@ -126,9 +127,19 @@ class HostMethod(GroupMergeMethod):
         for group, bound, dtype in zip(groups, parameters, input_dtypes, strict=True):
             aligned = align_dtype(group, dtype)
             with torch.autocast(device_type=aligned.base.tensor.device.type, enabled=False):
-                job = make_job(self.method, aligned, bound, out_dtype)
-                results.append(self.desk.run(job).tensor)
+                results.append(self.desk.run(self._make_job(aligned, bound, out_dtype)).tensor)
         return tuple(results)
+
+    def _make_job(
+        self,
+        group: TensorGroup,
+        parameters: dict[str, Any],
+        out_dtype: torch.dtype | None = None,
+    ) -> WeightJob:
+        """Return the job of a weight; where whole models must be read, one thread does."""
+        reading = self._lock if self.method.whole_models else contextlib.nullcontext()
+        with reading:
+            return make_job(self.method, group, parameters, out_dtype)
 
     @property
     def desk(self) -> Desk:

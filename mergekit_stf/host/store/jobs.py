@@ -69,6 +69,7 @@ def conditions_of(job: WeightJob) -> dict[str, object]:
         "options": sorted(job.options.items()),
         "split": str(job.split),
         "input_axis": job.input_axis,
+        "squared_distances": [task.squared_distance for task in job.tasks],
     }
     return (own if merges else {"rule": "sum"}) | {
         "weights": [task.weight for task in job.tasks],
