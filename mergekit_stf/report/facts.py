@@ -102,18 +102,6 @@ def _of(records: Sequence[Record], models: tuple[str, ...]) -> list[Record]:
     return [record for record in records if tuple(record.models) == models]
 
 
-def layer_and_kind(name: str) -> tuple[int | None, str]:
-    """Return a weight's layer, the first number in its name, and its kind, the name without it.
-
-    Example:
-        >>> place("model.layers.3.mlp.up_proj.weight")
-        (3, 'model.layers.*.mlp.up_proj')
-    """
-    parts = name.removesuffix(".weight").split(".")
-    layer = next((int(part) for part in parts if part.isdigit()), None)
-    return layer, ".".join("*" if part.isdigit() else part for part in parts)
-
-
 def without_common_start(kinds: Sequence[str]) -> list[str]:
     """Drop the dotted parts that all names start with, and keep at least the last part."""
     parts = [kind.split(".") for kind in kinds]

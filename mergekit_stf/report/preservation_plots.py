@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mergekit_stf.host.diagnostics.preservation import Preservation
+from mergekit_stf.host.diagnostics.sample import layer_and_kind
 from mergekit_stf.report.canvas import MANY_KINDS, MARKERS, Plot, draw, logarithmic
-from mergekit_stf.report.facts import layer_and_kind, without_common_start
+from mergekit_stf.report.facts import without_common_start
 
 
 def by_kind(measured: Sequence[Preservation]) -> dict[str, list[Preservation]]:

@@ -11,8 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mergekit_stf.core.features import spectrum_ranks
 from mergekit_stf.host.diagnostics.records import Record
+from mergekit_stf.host.diagnostics.sample import layer_and_kind
 from mergekit_stf.report.canvas import MANY_KINDS, MARKERS, Plot, draw, logarithmic
-from mergekit_stf.report.facts import Report, layer_and_kind, mean_cosine, without_common_start
+from mergekit_stf.report.facts import Report, mean_cosine, without_common_start
 
 
 def draw_heat_map(report: Report) -> Plot:

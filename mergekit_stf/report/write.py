@@ -11,11 +11,11 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.files import atomic_write, write_text
 from mergekit_stf.host.diagnostics.finished import Finished
 from mergekit_stf.host.diagnostics.preservation import Preservation, measure_preservation
+from mergekit_stf.host.diagnostics.sample import spread
 from mergekit_stf.host.run.network import stay_offline
 from mergekit_stf.report.facts import build_report
 from mergekit_stf.report.page import render
 from mergekit_stf.report.plots import draw_plots
-from mergekit_stf.report.sample import spread
 
 
 def write_report(

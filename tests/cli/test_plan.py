@@ -12,7 +12,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mergekit_stf.cli.plan import format_duration
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.core.pool import workspace
@@ -20,6 +19,7 @@ from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.planning import calibrate, estimate
 from mergekit_stf.host.planning.calibrate import EXPONENT, Workload, time_workloads, workload_of
+from mergekit_stf.host.planning.plan import format_duration
 from mergekit_stf.host.planning.planned import plan_weights
 from mergekit_stf.host.planning.probe import probe_models
 from mergekit_stf.host.plugin.options import MergeOptions

@@ -16,6 +16,7 @@ from click.testing import Result
 from mergekit_stf import __version__
 from mergekit_stf.cli import plan, sweep, verify
 from mergekit_stf.host.outputs import workspace
+from mergekit_stf.host.planning import plan as planning
 from mergekit_stf.host.run import lora as adapter_run
 from mergekit_stf.host.run import merge as merging
 from mergekit_stf.report import write
@@ -172,7 +173,7 @@ def test_commands_that_only_read_leave_nothing(
     before = sorted(tmp_path.rglob("*"))
     for module, name, *arguments in (
         (plan, "load_recipe", "plan", recipe, "--out", out),
-        (plan, "estimate_merge", "plan", recipe, "--out", out),
+        (planning, "estimate_merge", "plan", recipe, "--out", out),
         (verify, "find_differences", "verify", out),
         (merging, "make_lock", "verify", out, "--rebuild", "--scratch", tmp_path),
         (write, "measure_preservation", "report", out),

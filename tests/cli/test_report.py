@@ -16,13 +16,13 @@ from mergekit_stf.host.diagnostics import finished
 from mergekit_stf.host.diagnostics.finished import Finished
 from mergekit_stf.host.diagnostics.preservation import RIVALS, Preservation, measure_preservation
 from mergekit_stf.host.diagnostics.records import Record
+from mergekit_stf.host.diagnostics.sample import layer_and_kind, spread
 from mergekit_stf.host.planning.planned import plan_weights
 from mergekit_stf.host.plugin.options import MergeOptions
 from mergekit_stf.host.recipe.recipe import load_recipe
-from mergekit_stf.report.facts import build_report, layer_and_kind, without_common_start
+from mergekit_stf.report.facts import build_report, without_common_start
 from mergekit_stf.report.page import render, significant
 from mergekit_stf.report.plots import draw_plots
-from mergekit_stf.report.sample import spread
 from tests.cli.browser import ask
 from tests.cli.merges import run, tiny_models, write_recipe
 

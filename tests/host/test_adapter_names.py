@@ -15,9 +15,9 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_stf.cli.plan import make_plan
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.adapters.names import KnownWeights, resolve
+from mergekit_stf.host.planning.plan import make_plan
 from mergekit_stf.host.recipe.recipe import check_recipe
 from mergekit_stf.host.run.merge import merge_recipe
 from tests.host import merging
@@ -101,7 +101,7 @@ def by_merge(base: Path, adapter: Path, out: Path) -> None:
 
 
 def by_plan(base: Path, adapter: Path, out: Path) -> None:
-    make_plan(made.write(content(base, adapter), out.with_suffix(".yml")), out, QUIET, 0)
+    make_plan(recipe(base, adapter), out, QUIET)
 
 
 def by_yaml(base: Path, adapter: Path, out: Path) -> None:

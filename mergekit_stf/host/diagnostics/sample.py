@@ -1,10 +1,20 @@
-"""Which weights of a large merge to measure: all kinds, spread over the layers."""
+"""Which weights of a large merge to read: all kinds, spread over the layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergekit_stf.report.facts import layer_and_kind
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """Return a weight's layer, the first number in its name, and its kind, the name without it.
+
+    Example:
+        >>> place("model.layers.3.mlp.up_proj.weight")
+        (3, 'model.layers.*.mlp.up_proj')
+    """
+    parts = name.removesuffix(".weight").split(".")
+    layer = next((int(part) for part in parts if part.isdigit()), None)
+    return layer, ".".join("*" if part.isdigit() else part for part in parts)
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
