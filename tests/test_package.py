@@ -91,7 +91,8 @@ def test_the_host_finds_the_method(installed: Environment) -> None:
         (
             "1",
             "import mergekit.merge_methods as m, importlib; importlib.reload(m)\n"
-            "import mergekit_stf.host.plugin.method as s; s.register_with_mergekit(); s.register_with_mergekit()",
+            "from mergekit_stf.host.plugin.method import register_with_mergekit as register\n"
+            "register(); register()",
         ),
     ],
     ids=["package", "method", "everything twice"],

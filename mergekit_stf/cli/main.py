@@ -11,10 +11,11 @@ from click.shell_completion import CompletionItem
 
 from mergekit_stf import __version__
 from mergekit_stf.cli.common.errors import end_at_once, report_errors
-from mergekit_stf.cli.common.terminal import escape_streams
+from mergekit_stf.cli.common.terminal import echo, escape_streams
 
 COMMANDS = {
     "demo": "Train a tiny base and its specialists, merge them, and print what each merge does.",
+    "init": "Write a commented recipe from a base and models, with what plan says about it.",
     "plan": "Check a recipe and estimate time and memory, without reading weights.",
     "merge": "Merge like mergekit-yaml, with checks first, resume after a crash, and a lock file.",
     "sweep": "Merge once, write one model for every value of lambda, density or rank.",
@@ -23,6 +24,17 @@ COMMANDS = {
     "report": "Write one HTML file that shows what a merge did.",
     "doctor": "Say what is installed, what mergekit knows of it, and which route the engine takes.",
 }
+
+FIRST_STEPS = """\
+mergekit-stf merges models that were tuned from one base. What to do next:
+
+  mergekit-stf demo                     see it work: tiny models, trained and merged here
+  mergekit-stf init BASE MODEL MODEL    write a recipe for your own models or adapters
+  mergekit-stf plan recipe.yml          check it; time, memory and disk that it takes
+  mergekit-stf merge recipe.yml merged  merge it
+  mergekit-stf doctor                   if something does not work
+
+`mergekit-stf --help` lists all commands, `mergekit-stf COMMAND --help` explains one."""
 
 
 class LazyGroup(click.Group):
@@ -73,7 +85,11 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup)
+@click.group(cls=LazyGroup, invoke_without_command=True)
 @click.version_option(__version__, prog_name="mergekit-stf")
-def main() -> None:
-    """Tools around ``merge_method: stf`` of mergekit."""
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Merge models that were tuned from one base, with the merge methods of this package."""
+    if context.invoked_subcommand is None:
+        for line in FIRST_STEPS.splitlines():
+            echo(line)

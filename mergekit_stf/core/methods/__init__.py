@@ -15,6 +15,7 @@ from mergekit_stf.core.methods.wudi import Wudi
 
 __all__ = [
     "RANK",
+    "RECOMMENDED",
     "Kind",
     "Merged",
     "Method",
@@ -27,6 +28,9 @@ __all__ = [
     "register",
     "superpose",
 ]
+
+RECOMMENDED = "wudi"
+"""The method for whoever has no reason for another: it needs no scale chosen on data."""
 
 _METHODS: dict[str, Method] = {}
 

@@ -67,7 +67,11 @@ class Plan(BaseModel):
 
     def lines(self) -> list[str]:
         """Return what ``mergekit-stf plan`` prints, line by line."""
-        return list(_lines(self))
+        return [*(f"Warning: {line}" for line in self.warnings), *self.figures()]
+
+    def figures(self) -> list[str]:
+        """Return the lines without the warnings."""
+        return list(_figures(self))
 
     def __str__(self) -> str:
         """Return all lines as one text."""
@@ -136,8 +140,7 @@ def _sampled(weights: Sequence[PlannedWeight], count: int) -> list[PlannedWeight
     return [linear[name] for name in spread(list(linear), count)]
 
 
-def _lines(plan: Plan) -> Iterator[str]:
-    yield from (f"Warning: {line}" for line in plan.warnings)
+def _figures(plan: Plan) -> Iterator[str]:
     yield f"{'rule':<12}{'weights':>9}{'parameters':>16}"
     for row in plan.rules:
         yield f"{row.rule:<12}{row.weights:>9,}{row.parameters:>16,}"

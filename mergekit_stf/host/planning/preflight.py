@@ -15,6 +15,7 @@ from mergekit_stf.core import methods
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.architectures.coverage import check_coverage, suspend_guard
 from mergekit_stf.host.checkpoints.headers import header_if_any
+from mergekit_stf.host.planning.classes import check_classes
 from mergekit_stf.host.planning.config_differences import config_differences
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.recipe.parameters import filters
@@ -42,6 +43,7 @@ def preflight(
         STFError: a tensor is missing or of another shape, a weight would be lost, or the disk is
             too small.
     """
+    check_classes(config, options)
     warnings = check_coverage(config, options)
     warnings += config_differences(config, options.trust_remote_code)
     if not methods.is_known(config.merge_method):

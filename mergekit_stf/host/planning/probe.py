@@ -17,6 +17,9 @@ from mergekit_stf.host.planning.planned import PlannedWeight
 NORM_SPREAD = 3.0
 MOSTLY_ZERO = 0.9
 LOST = 0.01
+RELATED = 0.5
+"""Least cosine between a model's linear maps and its base's: near 1 for what was tuned from it
+(0.998 for the demo's specialists), near 0 for what was trained on its own."""
 
 
 class ModelProbe(BaseModel):
@@ -28,12 +31,14 @@ class ModelProbe(BaseModel):
         zeros: share of entries that do not differ from the base.
         lost: ``‖τ' - τ‖ / ‖τ‖``, where τ' is what the recipe's ``dtype`` leaves of the task
             vector τ; 0 where nothing is rounded.
+        cosine: between P and P0, over the sample.
     """
 
     model: str
     norm: float
     zeros: float
     lost: float
+    cosine: float
 
 
 class PairProbe(BaseModel):
@@ -68,6 +73,9 @@ class _Sums:
         self.zeros = [0] * count
         self.errors = [0.0] * count
         self.exact = [0.0] * count
+        self.base = 0.0
+        self.tuned = [0.0] * count
+        self.products = [0.0] * count
         self.cosines: dict[tuple[int, int], list[float]] = {
             pair: [] for pair in combinations(range(count), 2)
         }
@@ -80,6 +88,7 @@ class _Sums:
             return  # an optional weight that not every model has
         base = stored[0]
         rounded = base.to(weight.dtype).double()
+        self.base += float(base.double().square().sum())
         flat = []
         for index, (tuned, scale) in enumerate(zip(stored[1:], weight.weight, strict=True)):
             delta = (tuned.to(weight.dtype).double() - rounded).flatten()
@@ -88,12 +97,25 @@ class _Sums:
             self.zeros[index] += int((delta == 0).sum())
             self.errors[index] += float((delta - exact).square().sum())
             self.exact[index] += float(exact.square().sum())
+            self.tuned[index] += float(tuned.double().square().sum())
+            self.products[index] += float((tuned.double() * base.double()).sum())
             flat.append(delta * scale)
         self.entries += base.numel()
         for (i, j), cosines in self.cosines.items():
             length = flat[i].norm() * flat[j].norm()
             if length > 0:
                 cosines.append(float(flat[i] @ flat[j] / length))
+
+    def model(self, index: int, label: str) -> ModelProbe:
+        """Return what the sums say about one model."""
+        lengths = (self.base * self.tuned[index]) ** 0.5
+        return ModelProbe(
+            model=label,
+            norm=self.squares[index] ** 0.5,
+            zeros=self.zeros[index] / max(1, self.entries),
+            lost=(self.errors[index] / self.exact[index]) ** 0.5 if self.exact[index] else 0.0,
+            cosine=self.products[index] / lengths if lengths else 0.0,
+        )
 
 
 def probe_models(weights: Sequence[PlannedWeight]) -> Probe:
@@ -108,15 +130,7 @@ def probe_models(weights: Sequence[PlannedWeight]) -> Probe:
     sums = _Sums(len(labels))
     for weight in weights:
         sums.add(weight)
-    models = [
-        ModelProbe(
-            model=label,
-            norm=sums.squares[index] ** 0.5,
-            zeros=sums.zeros[index] / max(1, sums.entries),
-            lost=(sums.errors[index] / sums.exact[index]) ** 0.5 if sums.exact[index] else 0.0,
-        )
-        for index, label in enumerate(labels)
-    ]
+    models = [sums.model(index, label) for index, label in enumerate(labels)]
     pairs = [
         PairProbe(models=(labels[i], labels[j]), cosine=statistics.median(cosines))
         for (i, j), cosines in sums.cosines.items()
@@ -150,6 +164,11 @@ def _model_warnings(models: Sequence[ModelProbe], weight: PlannedWeight) -> Iter
             yield (
                 f"{model.model}: {model.zeros:.0%} of the entries do not differ from the base; "
                 "was it saved in a type that lost its changes?"
+            )
+        elif model.cosine < RELATED:
+            yield (
+                f"{model.model} has little in common with the base (cosine {model.cosine:.2f}, of "
+                "tuned models near 1): merge models that were tuned from this base"
             )
         if model.lost > LOST:
             name = str(weight.dtype).removeprefix("torch.")
