@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ MEASURED = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(time.perf_counter() - start, used.ru_maxrss, used.ru_utime + used.ru_stime)
 sys.exit(status)
 """
 
@@ -60,6 +61,21 @@ def reference(matrices: Sequence[Tensor], rank: int | None = None) -> Tensor:
     G = (U.mT @ U) * (Vh @ Vh.mT)
     alpha = torch.cholesky_solve(s.unsqueeze(1), torch.linalg.cholesky(G)).squeeze(1)
     return (U * alpha) @ Vh
+
+
+def references() -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
+    """Return the right answer of each method that is timed, in float64 on the CPU.
+
+    Those besides ``stf`` are the oracles of the tests, which share no code with the engine.
+    """
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.subspace_oracles import iso_c, tsv_m
+    from tests.wudi_oracle import wudi
+
+    def of(oracle: Callable[..., Any]) -> Callable[[Sequence[Tensor]], Tensor]:
+        return lambda matrices: torch.from_numpy(oracle([M.double().numpy() for M in matrices]))
+
+    return {"stf": reference, "wudi": of(wudi), "tsv_m": of(tsv_m), "iso_c": of(iso_c)}
 
 
 def distance(M: Tensor, expected: Tensor) -> float:
@@ -162,8 +178,16 @@ def finish(given: argparse.Namespace, figures: dict[str, Any]) -> None:
         sys.exit(f"missed: {', '.join(missed)}")
 
 
-def peak_of(arguments: Sequence[str]) -> tuple[float, int]:
-    """Run a command and return its wall time and its peak memory in bytes.
+class Run(NamedTuple):
+    """What a process took: seconds, peak memory in bytes, seconds of all its threads."""
+
+    seconds: float
+    peak: int
+    cpu: float
+
+
+def measured(arguments: Sequence[str]) -> Run:
+    """Run a command and return what it took.
 
     A small process starts it: a new process's high-water mark begins with that of its parent.
     """
@@ -172,8 +196,14 @@ def peak_of(arguments: Sequence[str]) -> tuple[float, int]:
     )
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}")
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak) * 1024
+    seconds, peak, cpu = done.stdout.split()
+    return Run(float(seconds), int(peak) * 1024, float(cpu))
+
+
+def peak_of(arguments: Sequence[str]) -> tuple[float, int]:
+    """Run a command and return its wall time and its peak memory in bytes."""
+    found = measured(arguments)
+    return found.seconds, found.peak
 
 
 def peak_memory() -> int:

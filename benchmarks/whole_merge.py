@@ -2,10 +2,13 @@
 
 A Llama of 119 million parameters (hidden 1024, intermediate 2816, 8 layers, vocabulary 8000) in
 bfloat16, a base and three tuned copies, merged by the real command in processes of its own, methods
-in turn: ``stf``, ``ties``, ``task_arithmetic``, and the straightforward implementation, registered
-with the host from this file and trimming with the host's own ``sparsify``.
+in turn: ours, ``ties``, ``task_arithmetic``, and the straightforward implementation of ``stf``,
+registered with the host from this file and trimming with the host's own ``sparsify``. Every method
+gets the same recipe with one word changed; what ours write is method_points with float64 first.
 
     python benchmarks/whole_merge.py --json benchmarks/results/whole_merge.json
+    python benchmarks/whole_merge.py --method wudi tsv_m iso_c --rivals ties \
+        --json benchmarks/results/whole_merge_methods.json
 
 With ``--device cuda`` every method gets the host's ``--cuda``, and the models are made on the card.
 """
@@ -17,16 +20,18 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from harness import (
+    Run,
     distance,
     finish,
     judge,
+    measured,
     parser,
-    peak_of,
-    reference,
+    references,
     shown,
     spread,
     straightforward,
@@ -39,17 +44,22 @@ from mergekit.sparsify import SparsificationMethod, sparsify
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_stf.core import trim
+from mergekit_stf.core import methods, trim
 from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.merging.kinds import kind_for
 
-METHODS = ["stf", "ties", "task_arithmetic", "straightforward"]
+RIVALS = ("ties", "task_arithmetic", "straightforward")
 
 MODEL = {"hidden": 1024, "inner": 2816, "layers": 8, "vocabulary": 8000}
 """The Llama of 119 million parameters."""
 
-BOUNDS = {"ties": 2.0, "straightforward": 1 / 3}
-"""What ``stf`` may take of another method's time, for that model on a CPU."""
+BOUNDS = {
+    "stf": {"ties": 2.0, "straightforward": 1 / 3},
+    "wudi": {"ties": 0.8},
+    "tsv_m": {"ties": 2.0},
+    "iso_c": {"ties": 2.0},
+}
+"""What a method may take of another method's time, for that model on a CPU."""
 
 
 def make(root: Path, given: argparse.Namespace) -> None:
@@ -95,15 +105,16 @@ def recipe(root: Path, method: str, density: float) -> Path:
     return path
 
 
-def check(root: Path, density: float) -> float:
+def check(root: Path, method: str, density: float) -> float:
     """Compare the written M of one weight with float64, relative to the change by rounding."""
     name = "model.layers.0.self_attn.k_proj.weight"
     base, out = (
-        load_file(root / d / "model.safetensors")[name].double() for d in ("base", "out-stf")
+        load_file(root / d / "model.safetensors")[name].double() for d in ("base", f"out-{method}")
     )
     tuned = [load_file(root / f"tuned{n}/model.safetensors")[name].double() for n in range(3)]
     assert kind_for(name, base.shape, None) == Kind.LINEAR
-    expected = base + 0.8 * reference([trim((P - base).float(), density) for P in tuned])
+    M = references()[method]([trim((P - base).float(), density) for P in tuned])
+    expected = base + methods.get(method).default_lambda * M
     error = float((out - expected).abs().max() / expected.abs().max())
     assert error <= 2**-8, error
     return distance(out - base, expected - base)
@@ -151,44 +162,57 @@ def main() -> None:
     for name, default in MODEL.items():
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--density", type=float, default=0.2)
+    options.add_argument("--method", nargs="+", choices=BOUNDS, default=["stf"])
+    options.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
     options.add_argument("--rival-runs", type=int, default=1)
     given = options.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    peaks: dict[str, list[float]] = {method: [] for method in METHODS}
+    runs: dict[str, list[Run]] = {name: [] for name in (*given.method, *given.rivals)}
+    figures: dict[str, Any] = {"density": given.density, "apart": {}, "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root, given)
         for run in range(given.runs):
-            for method in METHODS:
+            for method in runs:
                 if method == "straightforward" and run >= given.rival_runs:
                     continue
-                elapsed, peak = peak_of(command(root, method, given.density, given.device))
-                times[method].append(elapsed)
-                peaks[method].append(peak / 1e9)
-            if run == 0:
-                apart = check(root, given.density)
-                print(
-                    f"written task matrix is {apart:.1e} from float64, bfloat16's rounding included"
-                )
-    figures: dict[str, object] = {"density": given.density, "apart": apart}
-    for method in filter(times.get, METHODS):
-        pairs = zip(times["stf"], times[method], strict=False)
-        ratio = spread([ours / other for ours, other in pairs])
+                runs[method].append(measured(command(root, method, given.density, given.device)))
+                if run == 0 and method in given.method:
+                    figures["apart"][method] = apart = check(root, method, given.density)
+                    print(f"{method}: {apart:.1e} from float64, bfloat16's rounding included")
+    for method, found in runs.items():
         figures[method] = {
-            "time": spread(times[method]),
-            "stf over it": ratio,
-            "peak GB": spread(peaks[method]),
+            "time": spread([run.seconds for run in found]),
+            "time of all threads": spread([run.cpu for run in found]),
+            "peak GB": spread([run.peak / 1e9 for run in found]),
         }
-        print(
-            f"{method}: {shown(spread(times[method]))}, stf takes {shown(ratio, 'x')} of it, peak "
-            f"{shown(spread(peaks[method]), 'GB')}"
-        )
-    if given.device == "cpu" and all(getattr(given, name) == size for name, size in MODEL.items()):
-        for method in filter(times.get, BOUNDS):
-            share = figures[method]["stf over it"]["median"]
-            judge(figures, f"stf over {method}", share, "at most", BOUNDS[method])
+        print(f"{method}:", ", ".join(f"{k} {shown(v, '')}" for k, v in figures[method].items()))
+    for method in given.method:
+        for rival in given.rivals:
+            compare_with(figures, method, rival, runs, given)
     finish(given, figures)
+
+
+def compare_with(
+    figures: dict[str, Any],
+    method: str,
+    rival: str,
+    runs: dict[str, list[Run]],
+    given: argparse.Namespace,
+) -> None:
+    """Print what a method of ours takes of a rival's time, run by run, and judge it.
+
+    The time of all threads is beside it, since on a busy machine it varies less.
+    """
+    pairs = list(zip(runs[method], runs[rival], strict=False))
+    ratio = spread([ours.seconds / other.seconds for ours, other in pairs])
+    threads = spread([ours.cpu / other.cpu for ours, other in pairs])
+    figures[method] |= {f"over {rival}": ratio, f"over {rival}, all threads": threads}
+    print(f"{method} over {rival}: {shown(ratio, 'x')}, of all threads {shown(threads, 'x')}")
+    usual = given.device == "cpu" and all(getattr(given, n) == size for n, size in MODEL.items())
+    if usual and rival in BOUNDS[method]:
+        bound = BOUNDS[method][rival]
+        judge(figures, f"{method} over {rival}", ratio["median"], "at most", bound)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ from mergekit_stf.host.run.merge import StoreOptions, merge_recipe
 
 
 def merge_point(
-    point: Point, folder: Path, options: MergeOptions, store: StoreOptions, known: Known
+    point: Point,
+    folder: Path,
+    options: MergeOptions,
+    store: StoreOptions,
+    known: Known,
+    force: bool = False,
 ) -> str:
     """Merge a point unless its folder holds just that, and say which it was.
 
@@ -25,6 +30,7 @@ def merge_point(
         options: the host's.
         store: keeps merged matrices for the next points.
         known: digests of the inputs, which all points share.
+        force: merge again what is not as it should be.
 
     Raises:
         STFError: the folder holds something else, or the point cannot be merged.
@@ -34,14 +40,24 @@ def merge_point(
         return "merged"
     if not (folder / FILE_NAME).exists():
         raise STFError(f"{folder} holds no finished point; remove it, or name another OUT")
+    change = _change(point, folder, options, known)
+    if not change:
+        return "is there already"
+    if not force:
+        raise STFError(
+            f"{folder} {change}; remove it to merge it again, name another OUT, or give --force"
+        )
+    merge_recipe(point.recipe, folder, options, store, force=True, known=known)
+    return "merged again"
+
+
+def _change(point: Point, folder: Path, options: MergeOptions, known: Known) -> str:
+    """Say in what a finished merge is not the point; nothing where it is."""
     lock = read_lock(folder)
     if lock.recipe != point.recipe.text:
-        raise STFError(f"{folder} holds a merge of another recipe; remove it, or name another OUT")
+        return "holds a merge of another recipe"
     if lock.options != Options.of(options):
-        raise STFError(f"{folder} was merged with other options; remove it, or name another OUT")
+        return "was merged with other options"
     for difference in find_differences(lock, folder, options.transformers_cache, known):
-        raise STFError(
-            f"{folder} is not what it was when it was merged ({difference}); "
-            "remove it to merge it again, or name another OUT"
-        )
-    return "is there already"
+        return f"is not what it was when it was merged ({difference})"
+    return ""

@@ -14,7 +14,8 @@ import pytest
 from click.testing import Result
 
 from mergekit_stf import __version__
-from mergekit_stf.cli import plan, sweep, verify
+from mergekit_stf.cli import plan, verify
+from mergekit_stf.cli.common import points
 from mergekit_stf.host.outputs import workspace
 from mergekit_stf.host.planning import plan as planning
 from mergekit_stf.host.run import lora as adapter_run
@@ -146,7 +147,7 @@ def test_an_interrupted_sweep_says_how_far_it_is(
         store = f"What is finished lies in {out}/.store; run the same command again to resume."
         assert said(run(*grid)) == f"{store} {counted}"
     with monkeypatch.context() as patch:
-        interrupt(patch, sweep, "_row", after=1)
+        interrupt(patch, points, "_row", after=1)
         assert said(run(*grid)) == counted
     assert run(*grid).exit_code == 0
 

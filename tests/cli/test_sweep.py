@@ -221,7 +221,7 @@ def test_an_evaluation_that_cannot_be_used_is_one_line(
 def test_a_sweep_needs_something_to_sweep(recipe: Path, tmp_path: Path) -> None:
     failed = run("sweep", recipe, tmp_path / "out")
     assert failed.exit_code == 2
-    assert "--lambda, --density and --rank" in failed.stderr
+    assert "--lambda, --density, --rank and --vary" in failed.stderr
 
 
 @pytest.mark.parametrize(
