@@ -260,13 +260,13 @@ def test_no_folder_holds_many_modules() -> None:
 
 
 def test_the_core_is_small(capsys: pytest.CaptureFixture[str]) -> None:
-    """Merge methods but the first come on top of it, one file each."""
+    """Merge methods but the first come on top of it, one file each, and so does calibration."""
     shared = {"__init__.py", "method.py", "options.py", "stf.py"}
     methods = PACKAGE / "core" / "methods"
     files = [
         path
         for path in (PACKAGE / "core").rglob("*.py")
-        if path.parent != methods or path.name in shared
+        if (path.parent != methods or path.name in shared) and path.name != "calibration.py"
     ]
     lines = [line for path in files for line in path.read_text("utf-8").splitlines()]
     written = sum(bool(line.strip()) for line in lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -116,6 +116,15 @@ class TaskMatrices:
             dtype = torch.float64 if self.factored else self.dtype
             self._features[rank, route] = tuple(f.to(dtype) for f in found)
         return self._features[rank, route]
+
+    def changed(
+        self, change: Callable[[Tensor | LowRank], Tensor | LowRank], dtype: torch.dtype
+    ) -> TaskMatrices:
+        """Return the task matrices after a change, made whenever one is read; wholes of this type.
+
+        The change keeps the shape, or transposes it.
+        """
+        return replace(self, read=lambda: map(change, self.read()), dtype=dtype, _features={})
 
     def total(self) -> Tensor | LowRank:
         """Return ``Σ M_i``, in factors where all task matrices are."""

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_stf.core import LowRank, STFError, TaskMatrices, methods
+from mergekit_stf.core import LowRank, STFError, TaskMatrices
 from mergekit_stf.core.methods.wudi import PRIORS, Wudi
 from tests.core.cases import distance
-from tests.wudi_oracle import wudi
+from tests.wudi_oracle import swudi, wudi
 
 SIDES = st.integers(2, 40)
 SEEDS = st.integers(0, 2**31)
@@ -27,7 +27,7 @@ def tasks_of(seed, shape, count=3, decay=1.0):
 
 
 def merged(matrices, input_axis=1, **options):
-    given = {"ridge": 0.3, "prior": "matched"} | options
+    given = {option.name: option.default for option in Wudi.options} | options
     return Wudi().merge(TaskMatrices.of(matrices, input_axis=input_axis), given)
 
 
@@ -166,8 +166,93 @@ def test_models_of_one_lineage_never_blow_up(n, noise, prior):
             assert found <= 1.2 * float(A.norm() + B.norm())
 
 
-@pytest.mark.parametrize("value", [0, -1, "many", True, float("nan")])
-def test_a_ridge_is_above_zero(value):
-    (ridge, _) = methods.get("wudi").options
+@pytest.mark.parametrize(("name", "value"), [
+    ("ridge", -1), ("ridge", "many"), ("ridge", True), ("ridge", float("nan")),
+    ("weighting", "square"), ("inputs", 0), ("inputs", 2), ("flow", 0), ("flow", "fast"),
+    ("leading", 0), ("calibrate", -1), ("calibrate", "yes"),
+])  # fmt: skip
+def test_options_refuse_what_they_do_not_know(name, value):
+    (option,) = [option for option in Wudi.options if option.name == name]
     with pytest.raises((ValueError, STFError)):
-        ridge.parse(value)
+        option.parse(value)
+
+
+RELATIVES = {
+    "actmat": {"ridge": 0.0, "prior": "none", "weighting": "equal"},
+    "tact": {"ridge": 0.0, "prior": "none", "weighting": "equal", "inputs": 0.5},
+    "nearest to the sum": {"ridge": 0.0, "prior": "sum"},
+    "equal weights with a ridge": {"weighting": "equal"},
+    "trimmed inputs with a ridge": {"inputs": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", RELATIVES.values(), ids=RELATIVES)
+@pytest.mark.parametrize("shape", [(64, 48), (30, 64), (9, 1), (1, 9)])
+@pytest.mark.parametrize("input_axis", [0, 1])
+def test_relatives_equal_their_oracles(options, shape, input_axis):
+    matrices = tasks_of(6, shape, 2)
+    wanted = expected(matrices, input_axis=input_axis, **options)
+    assert distance(merged(matrices, input_axis, **options).M, wanted) <= 1e-5
+
+
+def test_actmat_is_the_formula_of_its_paper():
+    matrices = tasks_of(6, (40, 30))
+    C = [M.double().mT @ M.double() for M in matrices]
+    products = [M.double() @ c for M, c in zip(matrices, C, strict=True)]
+    wanted = sum(products) @ torch.linalg.pinv(sum(C), rtol=1e-12)
+    assert distance(merged(matrices, **RELATIVES["actmat"]).M, wanted.numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (30, 64)])
+@pytest.mark.parametrize(("flow", "leading"), [(3.0, 1.0), (300.0, 0.85), (300.0, 0.2)])
+def test_the_flow_of_swudi_is_gradient_flow(shape, flow, leading):
+    matrices = tasks_of(7, shape)
+    options = {"ridge": 0.0, "prior": "sum", "flow": flow, "leading": leading}
+    wanted = swudi([M.double().numpy() for M in matrices], flow, leading)
+    assert distance(merged(matrices, **options).M, wanted) <= 1e-5
+
+
+def test_a_flow_with_a_ridge_ends_at_the_closed_form():
+    matrices = tasks_of(8, (40, 30))
+    assert distance(merged(matrices, flow=1e9).M, expected(matrices)) <= 1e-5
+    stopped = merged(matrices, flow=20.0).M
+    assert distance(stopped, expected(matrices)) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"ridge": 0.0}, {"weighting": "equal"}, {"leading": 5.0},
+                                     {"ridge": 0.0, "flow": 30.0}, {"flow": 30.0}])  # fmt: skip
+@pytest.mark.parametrize("input_axis", [0, 1])
+def test_relatives_stay_in_factors(options, input_axis):
+    factors = [LowRank((1 + i) * draw(i, 40, 3), draw(9 + i, 3, 28)) for i in range(3)]
+    factors += factors[:1]
+    M = merged(factors, input_axis, **options).M
+    assert isinstance(M, LowRank)
+    whole = [low.left.double() @ low.right.double() for low in factors]
+    assert distance(M.dense(), merged(whole, input_axis, **options).M.numpy()) <= 1e-8
+
+
+def test_trimmed_inputs_of_adapters_are_refused():
+    factors = [LowRank(draw(i, 40, 3), draw(9 + i, 3, 28)) for i in range(2)]
+    with pytest.raises(STFError, match="leave it at 1"):
+        merged(factors, inputs=0.5)
+
+
+@LAW
+@given(m=SIDES, n=SIDES, seed=SEEDS, exponent=st.integers(-110, 110))
+def test_without_a_ridge_duplicates_count_once_and_scaling_commutes(m, n, seed, exponent):
+    A, B = draw(seed, m, n), draw(seed + 1, m, n)
+    both = merged([A, B], ridge=0.0).M
+    scaled = merged([A * 2.0**exponent, B * 2.0**exponent], ridge=0.0).M
+    assert close(scaled.double() * 2.0**-exponent, both, both)
+    assert close(merged([A, A, A], ridge=0.0).M, A, A)
+
+
+@LAW
+@given(m=SIDES, n=SIDES, seed=SEEDS)
+def test_without_a_ridge_the_prior_does_not_matter(m, n, seed):
+    A, B = draw(seed, m, n), draw(seed + 1, m, n)
+    A[:, n // 2 :] = B[:, n // 2 :] = 0
+    M = merged([A, B], ridge=0.0, prior="none").M
+    assert not M[:, n // 2 :].any()
+    for prior in PRIORS:
+        assert close(merged([A, B], ridge=0.0, prior=prior).M, M, M)

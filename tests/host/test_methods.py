@@ -26,7 +26,7 @@ from tests.host.merging import (
     state,
 )
 from tests.oracle import trim
-from tests.subspace_oracles import iso_c, tsv_m
+from tests.subspace_oracles import calibrate, iso_c, iso_cts, knots, tsv_m
 from tests.wudi_oracle import wudi
 
 ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
@@ -41,10 +41,12 @@ ORACLES: dict[str, Callable[..., np.ndarray]] = {
     "wudi": wudi,
     "tsv_m": tsv_m,
     "iso_c": iso_c,
+    "iso_cts": iso_cts,
+    "knots": knots,
     **ELEMENTWISE,
 }
-AVERAGED = ("tsv_m", "iso_c")
-LAMBDAS = {"consensus_ta": 0.4}
+AVERAGED = ("tsv_m", "iso_c", "iso_cts", "knots")
+LAMBDAS = {"consensus_ta": 0.4, "knots": 0.5}
 """Of the methods whose default is not 1."""
 
 
@@ -79,7 +81,7 @@ def squared_distances(base: State, tuned: list[State]) -> list[float]:
 def wanted(method: str, model: PreTrainedModel, tuned: list[State], **given: Any) -> State:
     """Return what a method at its default lambda makes of every parameter."""
     base, rules, rows = state(model), rules_of(model), turned(model)
-    density, found = given.pop("density", 1.0), {}
+    density, alpha, found = given.pop("density", 1.0), float(given.pop("calibrate", 0)), {}
     if method == "metagpt":
         given["squares"] = squared_distances(base, tuned)
     for name, tensor in base.items():
@@ -94,6 +96,8 @@ def wanted(method: str, model: PreTrainedModel, tuned: list[State], **given: Any
             ORACLES[method](matrices, input_axis=axis, **given) if own else sum(matrices)
             for matrices in parts
         ]
+        if alpha and linear:
+            merged = [calibrate(M, A, alpha, axis) for M, A in zip(merged, parts, strict=True)]
         total = np.stack(merged).reshape(P0.shape)
         averaged = not own and (rules[name] == "mean" or method in AVERAGED)
         scale = 1 / len(tuned) if averaged else LAMBDAS.get(method, 1.0)
@@ -111,11 +115,42 @@ def test_a_merge_equals_the_oracle(
     checkpoints = models.save_model(FAMILIES[family](), tmp_path, layout="sharded")
     config = recipe(checkpoints, density, merge_method=method)
     del config["parameters"]
-    merge(config, tmp_path / "out")
-    model = reload(checkpoints.base, type(FAMILIES[family]()))
+    error, name = worst(config, checkpoints, tmp_path / "out", density=density)
+    assert error <= 1e-4, name
+
+
+OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("wudi", {"ridge": 0, "weighting": "equal"}),
+    ("wudi", {"ridge": 0, "weighting": "equal", "inputs": 0.5, "prior": "none"}),
+    ("wudi", {"calibrate": True}),
+    ("tsv_m", {"calibrate": 0.5}),
+    ("knots", {"keep": 0.3, "calibrate": True}),
+    ("iso_cts", {"common": 0.5}),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("method", "options"), OPTIONS, ids=[f"{m} {' '.join(o)}" for m, o in OPTIONS]
+)
+def test_a_merge_with_options_equals_the_oracle(
+    family: str, method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoints = models.save_model(FAMILIES[family](), tmp_path, layout="sharded")
+    config = recipe(checkpoints, merge_method=method, parameters=options)
+    error, name = worst(config, checkpoints, tmp_path / "out", **options)
+    assert error <= 1e-4, name
+
+
+def worst(
+    config: dict[str, Any], checkpoints: models.Checkpoints, out: Path, **options: Any
+) -> tuple[float, str]:
+    """Merge, compare with the oracle, and return the largest error and its weight."""
+    merge(config, out)
+    base_model = transformers.AutoConfig.from_pretrained(checkpoints.base).architectures[0]
+    model = reload(checkpoints.base, getattr(transformers, base_model))
     tuned = [parameters(folder, type(model)) for folder in checkpoints.tuned]
-    expected = wanted(method, model, tuned, density=density)
-    merged, base = parameters(tmp_path / "out", type(model)), state(model)
+    expected = wanted(config["merge_method"], model, tuned, **options)
+    merged, base = parameters(out, type(model)), state(model)
     assert merged.keys() == expected.keys()
-    errors = {n: relative_error(merged[n], expected[n], base[n]) for n in expected}
-    assert max(errors.values()) <= 1e-4, max(errors, key=errors.__getitem__)
+    return max((relative_error(merged[n], expected[n], base[n]), n) for n in expected)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mergekit_stf.core.methods.consensus_ta import ConsensusTA
 from mergekit_stf.core.methods.iso_c import IsoC
+from mergekit_stf.core.methods.iso_cts import IsoCTS
+from mergekit_stf.core.methods.knots import KnOTS
 from mergekit_stf.core.methods.localize_stitch import LocalizeAndStitch
 from mergekit_stf.core.methods.metagpt import MetaGPT
 from mergekit_stf.core.methods.method import Kind, Merged, Method, combined, describe
@@ -70,6 +72,8 @@ for _method in (
     Wudi(),
     TSVM(),
     IsoC(),
+    IsoCTS(),
+    KnOTS(),
     PCB(),
     ConsensusTA(),
     LocalizeAndStitch(),

@@ -13,15 +13,8 @@ import torch
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.methods.method import ALL_RULES, Merged, Method, describe
-from mergekit_stf.core.methods.options import Option, number
+from mergekit_stf.core.methods.options import Option, not_negative, number
 from mergekit_stf.core.task_matrices import TaskMatrices
-
-
-def not_negative(value: object) -> float:
-    """Return a number, 0 or above."""
-    if (converted := number(value)) < 0:
-        raise ValueError("must be a number, 0 or above")
-    return converted
 
 
 def whole(value: object) -> int:

@@ -7,11 +7,13 @@ arXiv 2502.04959, section 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mergekit_stf.core.methods.method import LINEAR_ONLY_RULES, Merged, Method, combined, describe
+from mergekit_stf.core.methods.options import CALIBRATE
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 
@@ -29,12 +31,13 @@ class IsoC(Method):
     title = "Iso-C"
     reference = "Isotropic Model Merging, ICML 2025, arXiv 2502.04959, equation 6"
     url = "https://arxiv.org/abs/2502.04959"
+    options = (CALIBRATE,)
     default_lambda = 1.0
     rules = LINEAR_ONLY_RULES
 
     def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
         """Merge the task matrices of one linear map; see the class."""
         (sum_,) = TaskMatrices.of([tasks.total()], tasks.source_dtype, tasks.name).features()
-        flat = torch.full_like(sum_.s, float(sum_.s.sum()) / min(tasks.shape))
-        M = combined(tasks, [sum_], [flat])
-        return Merged(M, describe(tasks, M))
+        flat = replace(sum_, s=torch.full_like(sum_.s, float(sum_.s.sum()) / min(tasks.shape)))
+        M = combined(tasks, [flat], [flat.s])
+        return Merged(M, describe(tasks, M), flat)

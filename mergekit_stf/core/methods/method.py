@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_stf.core.features.features import Features, combine
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.options import Option
+from mergekit_stf.core.methods.options import CALIBRATE, Option
 from mergekit_stf.core.precision import length
 from mergekit_stf.core.record import Record
 from mergekit_stf.core.task_matrices import TaskMatrices
@@ -56,10 +56,13 @@ class Merged:
     Attributes:
         M: the merged task matrix, (m, n), without lambda; in factors where the tasks are.
         record: what was done, as far as the method knows it.
+        features: the singular triples of M, where the method knows them better than M does: of
+            equal singular values, the vectors are not determined by the matrix.
     """
 
     M: Tensor | LowRank
     record: Record
+    features: Features | None = None
 
 
 class Method(ABC):
@@ -98,6 +101,10 @@ class Method(ABC):
     sided: ClassVar[bool] = False
     whole_models: ClassVar[bool] = False
     own_rule: ClassVar[str] = MERGE
+
+    def knows_sides(self, options: Mapping[str, Any]) -> bool:
+        """Say whether the answer changes where inputs and outputs of a linear map are swapped."""
+        return self.sided or bool(options.get(CALIBRATE.name))
 
     def takes_whole(self, kind: Kind) -> bool:
         """Say whether a weight of this kind is merged as one, whatever its shape."""

@@ -53,6 +53,13 @@ def fraction(value: object) -> float:
     return converted
 
 
+def not_negative(value: object) -> float:
+    """Return a number, 0 or above."""
+    if (converted := number(value)) < 0:
+        raise ValueError("must be a number, 0 or above")
+    return converted
+
+
 def one_of(value: object, names: Sequence[str]) -> str:
     """Return the value, if it is one of these names."""
     if value not in names:
@@ -88,4 +95,13 @@ def ridge_or_auto(value: object) -> float | str:
     return converted
 
 
+def calibration(value: object) -> float:
+    """Return the bound of singular value calibration, 1 for ``true``; 0, or ``false``, is none."""
+    converted = float(value) if isinstance(value, bool) else number(value)
+    if converted < 0:
+        raise ValueError("must be true, false, or a number above 0")
+    return converted
+
+
 RANK = Option("rank", 1.0, rank, "leading features kept: a fraction up to 1, or a count above 1")
+CALIBRATE = Option("calibrate", 0, calibration, "singular values that tasks inflate are reduced")

@@ -15,7 +15,7 @@ from torch import Tensor
 from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import Merged, Method, combined, describe
-from mergekit_stf.core.methods.options import RANK, Option, ridge_or_auto
+from mergekit_stf.core.methods.options import CALIBRATE, RANK, Option, ridge_or_auto
 from mergekit_stf.core.precision import full_precision
 from mergekit_stf.core.record import Record
 from mergekit_stf.core.solve import Solution, choose_gram, solve
@@ -38,7 +38,7 @@ class SuperposeFeatures(Method):
     title = "STF"
     reference = "Superpose Task-specific Features, EMNLP 2025, arXiv 2502.10698, Algorithm 1"
     url = "https://arxiv.org/abs/2502.10698"
-    options = (RANK, RIDGE)
+    options = (RANK, RIDGE, CALIBRATE)
     default_lambda = 0.8
     own_rule = "superpose"
 

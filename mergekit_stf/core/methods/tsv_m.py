@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import LINEAR_ONLY_RULES, Merged, Method, describe
+from mergekit_stf.core.methods.options import CALIBRATE
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 SINGULAR = 1e-6
@@ -36,6 +38,7 @@ class TSVM(Method):
     title = "TSV-M"
     reference = "Task Singular Vectors, CVPR 2025, arXiv 2412.00081, algorithm 1"
     url = "https://arxiv.org/abs/2412.00081"
+    options = (CALIBRATE,)
     default_lambda = 1.0
     rules = LINEAR_ONLY_RULES
 
@@ -51,17 +54,31 @@ class TSVM(Method):
         V = orthogonalised(torch.cat([f.Vh for f in present]).mT)
         s = torch.cat([f.s for f in present])
         M = LowRank(U * s, V.mT) if tasks.factored else (U * s) @ V.mT
-        return Merged(M, describe(tasks, M, features, tasks.cosines()))
+        record = describe(tasks, M, features, tasks.cosines())
+        return Merged(M, record, find_triples(U, s, V))
 
 
-def orthogonalised(X: Tensor) -> Tensor:
+def orthogonalised(X: Tensor, singular: float = SINGULAR) -> Tensor:
     """Return ``X (XᵀX)^(-1/2)``, the nearest matrix of orthonormal columns where X has full rank.
 
     Args:
         X: (m, r), unit vectors as columns.
+        singular: eigenvalues of ``XᵀX`` below this, relative to the largest, are zeros.
     """
     values, Q = torch.linalg.eigh(X.mT.double() @ X.double())
-    kept = values > SINGULAR * values[-1]
+    kept = values > singular * values[-1]
     root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
     turned: Tensor = (Q * root) @ Q.mT
     return X @ turned.to(X.dtype)
+
+
+def find_triples(U: Tensor, s: Tensor, V: Tensor) -> Features | None:
+    """Return the singular triples of ``U diag(s) Vᵀ``, unless columns have lost their direction.
+
+    Args:
+        U: (m, r), from ``orthogonalised``.
+        s: (r,).
+        V: (n, r), from ``orthogonalised``.
+    """
+    whole = all(round(float(X.square().sum())) == s.numel() for X in (U, V))
+    return Features(U, s, V.mT, "orthogonalised") if whole else None

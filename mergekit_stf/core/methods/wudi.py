@@ -3,8 +3,8 @@
 *Whoever Started the Interference Should End It* (WUDI-Merging), ICML 2025, arXiv 2503.08099,
 minimises ``Σ_i w_i |(M - M_i) M_iᵀ|²`` with ``w_i = 1/|M_i|²`` by 300 steps of Adam from the sum of
 the task matrices: the rows of ``M_i`` stand for the inputs of its task. Here the minimum is taken
-as it is, with a ridge towards a prior in place of the early stop. Without the ridge it is RegMean
-with task matrices in place of data (ACTMat, arXiv 2604.01329).
+as it is, with a ridge towards a prior in place of the early stop. Its options lead to its
+relatives, ACTMat, TACT and SWUDI.
 """
 
 from __future__ import annotations
@@ -15,20 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_stf.core.errors import STFError
+from mergekit_stf.core.features.features import kept_rank
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import Merged, Method, describe
-from mergekit_stf.core.methods.options import Option, number, one_of
+from mergekit_stf.core.methods.options import (
+    CALIBRATE,
+    Option,
+    fraction,
+    not_negative,
+    number,
+    one_of,
+    rank,
+)
 from mergekit_stf.core.precision import length
 from mergekit_stf.core.task_matrices import TaskMatrices
+from mergekit_stf.core.tolerances import RANK
+from mergekit_stf.core.trim import trim
 
 PRIORS = ("matched", "sum", "mean", "none")
-
-
-def positive(value: object) -> float:
-    """Return a number above 0."""
-    if not (converted := number(value)) > 0:
-        raise ValueError("must be a number above 0")
-    return converted
+WEIGHTINGS = ("unit", "equal")
 
 
 def prior(value: object) -> str:
@@ -36,8 +42,28 @@ def prior(value: object) -> str:
     return one_of(value, PRIORS)
 
 
-RIDGE = Option("ridge", 0.3, positive, "pull towards the prior, relative to the mean eigenvalue")
+def weighting(value: object) -> str:
+    """Return the name of a weighting."""
+    return one_of(value, WEIGHTINGS)
+
+
+def flow(value: object) -> float | str:
+    """Return the time of gradient flow, or ``none``."""
+    if value == "none":
+        return "none"
+    if not (converted := number(value)) > 0:
+        raise ValueError("must be `none` or a number above 0")
+    return converted
+
+
+RIDGE = Option(
+    "ridge", 0.3, not_negative, "pull towards the prior, relative to the mean eigenvalue"
+)
 PRIOR = Option("prior", "matched", prior, "where no task has inputs")
+WEIGHTING = Option("weighting", "unit", weighting, "whether tasks are heard whatever their length")
+INPUTS = Option("inputs", 1.0, fraction, "fraction of entries that stand for a task's inputs")
+FLOW = Option("flow", "none", flow, "time of gradient flow from the prior, for an early stop")
+LEADING = Option("leading", 1.0, rank, "input directions corrected: a fraction, or a count above 1")
 
 
 class Wudi(Method):
@@ -58,13 +84,29 @@ class Wudi(Method):
     No eigenvalue of the system is below ``μ``, so that float32 is enough, and duplicates, negations
     and models of one lineage do no harm: what M loses against P is at most what it gains, hence
     ``|M - P|² <= Σ |P - M_i|² / μ``.
+
+    Its relatives are the same with ``C = Σ w_i C_i``, ``D = Σ w_i M_i C_i`` and another function f
+    of the eigenvalues of C in ``M = P + (D - P C) f(C)``; the ridge's is ``1 / (λ + μ)``:
+
+    * ACTMat (arXiv 2604.01329) has ``w_i = 1``, ``P = 0`` and the pseudo-inverse ``1 / λ``:
+      ``weighting: equal, ridge: 0``. The system may be singular: along inputs that no task knows,
+      M keeps the prior, which is 0 there, a sum of tasks, so that the answer is the one of least
+      norm whatever the prior. Eigenvalues below 1e-12 of the largest, which are features below
+      1e-6, count as zeros; the authors' cut grows with n, to 1e-4 for n = 1000.
+    * TACT, of the same authors, takes the C_i of the task matrices' largest entries, half of them:
+      the same with ``inputs: 0.5, prior: none``. Entries are counted as ``density`` counts them;
+      the authors' code rounds.
+    * SWUDI (arXiv 2606.07289) has ``P = S`` and ``(1 - exp(-t λ)) / λ`` on the leading K
+      eigenvectors, 0 elsewhere: gradient flow that is stopped at t. ``prior: sum, ridge: 0, flow:
+      t, leading: K``. With a ridge, the flow is that of the objective with the ridge. Time is in
+      units in which the eigenvalues of C add up to T, as they do for ``w_i = 1/|M_i|²``.
     """
 
     name = "wudi"
     title = "WUDI, closed form"
     reference = "WUDI-Merging, ICML 2025, arXiv 2503.08099, equation 10, with a ridge"
     url = "https://arxiv.org/abs/2503.08099"
-    options = (RIDGE, PRIOR)
+    options = (RIDGE, PRIOR, WEIGHTING, INPUTS, FLOW, LEADING, CALIBRATE)
     default_lambda = 1.0
     sided = True
 
@@ -73,12 +115,18 @@ class Wudi(Method):
 
         Args:
             tasks: the task matrices.
-            options: ``ridge`` and ``prior``.
+            options: a value for each of ``options``.
+
+        Raises:
+            STFError: ``inputs`` is below 1 for adapters, whose entries are not formed.
         """
-        solve = _in_factors if tasks.factored else _whole
-        M = solve(tasks, float(options["ridge"]), str(options["prior"]))
-        ridge = float(options["ridge"])
-        return Merged(M, describe(tasks, M, ridge=ridge))
+        if tasks.factored and options["inputs"] < 1:
+            raise STFError(
+                f"{tasks.name or 'a weight'}: `inputs` keeps the largest entries of whole matrices,"
+                " and adapters are merged from their factors; leave it at 1"
+            )
+        M = (_in_factors if tasks.factored else _whole)(tasks, options)
+        return Merged(M, describe(tasks, M, ridge=float(options["ridge"])))
 
 
 def prior_scale(kind: str, squares: float, total: float, count: int) -> float:
@@ -95,44 +143,75 @@ def prior_scale(kind: str, squares: float, total: float, count: int) -> float:
     return {"sum": 1.0, "mean": 1.0 / count, "none": 0.0}[kind]
 
 
-def _whole(tasks: TaskMatrices, ridge: float, kind: str) -> Tensor | LowRank:
+def _whole(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
     m, n = tasks.shape if tasks.input_axis == 1 else tasks.shape[::-1]
-    like = {"dtype": tasks.dtype, "device": tasks.device}
-    A, B = torch.zeros(n, n, **like), torch.zeros(m, n, **like)  # type: ignore[call-overload]
+    dtype = tasks.dtype if options["ridge"] else torch.float64
+    A = torch.zeros(n, n, dtype=dtype, device=tasks.device)
+    B = torch.zeros(m, n, dtype=dtype, device=tasks.device)
     total, sizes = torch.zeros_like(B), []
     for M in tasks.matrices():
         if size := length(M):
-            N = (M if tasks.input_axis == 1 else M.mT) / size
-            C = N.mT @ N
-            A += C
-            B.addmm_(N, C, alpha=size) if m >= n else B.addmm_(N @ N.mT, N, alpha=size)
-            total.add_(N, alpha=size)
             sizes.append(size)
+            w = 1.0 if options["weighting"] == "unit" else (size / sizes[0]) ** 2
+            N = (M if tasks.input_axis == 1 else M.mT).to(dtype) / size
+            K = trim(N, options["inputs"])
+            C = K.mT @ K
+            A.add_(C, alpha=w)
+            left, right = (N, C) if m >= n else (N @ K.mT, K)
+            B.addmm_(left, right, alpha=w * size)
+            total.add_(N, alpha=size)
     if not sizes:
         return tasks.total()
-    mu = ridge * len(sizes) / n
     squares = sum(size * size for size in sizes)
-    B.add_(total, alpha=mu * prior_scale(kind, squares, length(total) ** 2, len(sizes)))
-    A.diagonal().add_(mu)
-    M = torch.cholesky_solve(B.mT, torch.linalg.cholesky(A)).mT
+    total.mul_(prior_scale(options["prior"], squares, length(total) ** 2, len(sizes)))
+    M = _solution(A, B, total, len(sizes), n, options).to(tasks.dtype)
     return M.contiguous() if tasks.input_axis == 1 else M.mT.contiguous()
 
 
-def _in_factors(tasks: TaskMatrices, ridge: float, kind: str) -> Tensor | LowRank:
-    """Stay in factors: with ``V`` of all tasks, ``Vᵀ(V D Vᵀ + μ)⁻¹ = (VᵀV D + μ)⁻¹ Vᵀ``."""
+def _in_factors(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
+    """Stay in factors: with ``V`` of all tasks and ``V = Q R``, the system is one of ``Qᵀ``."""
     found = [f if tasks.input_axis == 1 else f.transposed for f in tasks.features() if f.rank]
     if not found:
         return tasks.total()
-    n = found[0].Vh.shape[1]
-    mu, sizes = ridge * len(found) / n, [f.norm for f in found]
-    U, Vh = torch.cat([f.U for f in found], dim=1), torch.cat([f.Vh for f in found])
+    U, V = torch.cat([f.U for f in found], dim=1), torch.cat([f.Vh for f in found]).mT
+    Q, R = torch.linalg.qr(V)
     s = torch.cat([f.s for f in found])
-    unit = torch.cat([f.s / size for f, size in zip(found, sizes, strict=True)])
-    squares = float(s.square().sum())
-    gram = (U.mT @ U) * (Vh @ Vh.mT)
-    scale = prior_scale(kind, squares, float(s @ gram @ s), len(found))
-    middle = Vh @ Vh.mT * unit.square()
-    middle.diagonal().add_(mu)
-    left = torch.linalg.solve(middle, U * (s * unit.square() + mu * scale * s), left=False)
-    M = LowRank(left, Vh)
+    equal = options["weighting"] == "equal"
+    unit = torch.cat([f.s / (found[0].norm if equal else f.norm) for f in found]).square()
+    total = float(s @ ((U.mT @ U) * (R.mT @ R)) @ s)
+    scale = prior_scale(options["prior"], float(s.square().sum()), total, len(found))
+    P = scale * s.unsqueeze(1) * R.mT
+    B = (s * unit).unsqueeze(1) * R.mT
+    X = _solution((R * unit) @ R.mT, B, P, len(found), V.shape[0], options)
+    M = LowRank(U @ X, Q.mT)
     return M if tasks.input_axis == 1 else M.transposed
+
+
+def _solution(
+    A: Tensor, B: Tensor, P: Tensor, count: int, n: int, options: Mapping[str, Any]
+) -> Tensor:
+    """Return ``P + (B - P A) f(A)``; see the class for f.
+
+    Args:
+        A: (k, k), ``Σ w_i C_i`` in a basis of the inputs that tasks know; overwritten.
+        B: (m, k), ``Σ w_i M_i C_i``; overwritten.
+        P: (m, k), the prior.
+        count: T.
+        n: of the inputs, k or more.
+        options: of the method.
+    """
+    trace = float(A.diagonal().sum())
+    mu, leading = options["ridge"] * trace / n, kept_rank((n, n), options["leading"])
+    if mu and options["flow"] == "none" and leading == n:
+        B.add_(P, alpha=mu)
+        A.diagonal().add_(mu)
+        solved: Tensor = torch.cholesky_solve(B.mT, torch.linalg.cholesky(A)).mT
+        return solved
+    values, Q = torch.linalg.eigh(A.double())
+    f = 1 / (values + mu)
+    if options["flow"] != "none":
+        f *= -torch.expm1(-options["flow"] * count / trace * (values + mu))
+    kept = values > RANK**2 * values[-1]
+    kept[:-leading] = False
+    filtered: Tensor = (Q * torch.where(kept, f, 0.0)) @ Q.mT
+    return P + (B - P @ A) @ filtered.to(P.dtype)

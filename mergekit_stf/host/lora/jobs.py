@@ -121,7 +121,7 @@ def make_adapter_job(
         rule=planned.shared["rule"],
         scale=float(planned.shared["lambda"]),
         split=parse_split(planned.shared["split"]),
-        input_axis=input_axis_of(methods.get(planned.method), plan.base, stored),
+        input_axis=input_axis_of(methods.get(planned.method), planned.options, plan.base, stored),
         out_dtype=out_dtype,
         base_model=plan.base,
     )

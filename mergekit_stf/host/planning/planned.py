@@ -126,7 +126,7 @@ class PlannedWeight:
             rule=self.shared["rule"],
             scale=self.shared["lambda"],
             split=parse_split(self.shared["split"]),
-            input_axis=input_axis_of(methods.get(self.method), self.base, self.name),
+            input_axis=input_axis_of(methods.get(self.method), self.options, self.base, self.name),
             out_dtype=self.out_dtype,
             base_model=self.base,
         )

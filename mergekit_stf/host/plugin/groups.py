@@ -51,32 +51,34 @@ def make_job(
         )
         for entry, distance in zip(group.non_base, distances, strict=True)
     ]
+    options = {option.name: parameters[option.name] for option in method.options}
     return WeightJob(
         name=name,
         kind=kind_for(name, base.shape, group.metadata.vocabulary_axis),
         base=base,
         tasks=tuple(sort_tasks(tasks)),
         method=method.name,
-        options={option.name: parameters[option.name] for option in method.options},
+        options=options,
         rule=parameters["rule"],
         scale=parameters["lambda"],
         split=parse_split(parameters["split"]),
-        input_axis=input_axis_of(method, group.base.id, name),
+        input_axis=input_axis_of(method, options, group.base.id, name),
         out_dtype=out_dtype,
         base_model=group.base.id,
         notices=(*_find_ignored(method, parameters), *find_rounded_inputs(name, group.entries)),
     )
 
 
-def input_axis_of(method: Method, base: Hashable, name: str) -> int:
+def input_axis_of(method: Method, options: Mapping[str, Any], base: Hashable, name: str) -> int:
     """Return the axis of a weight that meets the inputs, 1 where nothing says otherwise.
 
     Args:
         method: asks only if its answer depends on it.
+        options: the method's own.
         base: the base model, where it is one of the host's references.
         name: of the weight.
     """
-    if not method.sided or not isinstance(base, ModelReference):
+    if not method.knows_sides(options) or not isinstance(base, ModelReference):
         return 1
     names = parameter_names(base.config(LoaderCache().trust_remote_code))
     return 1 if names is None else names.input_axis(name)
