@@ -48,12 +48,14 @@ STATE = {
     "host/checkpoints/headers.py": {"_headers": "pure: a header by file and time of its change"},
     "host/checkpoints/weight_files.py": {"_names": "pure: names by file, size, time and inode"},
     "host/diagnostics/notices.py": {"say_once": "what was said where there is no merge of ours"},
+    "host/executors/worker.py": {"_begin": "the merge for which a worker has checked its machine"},
     "host/merging/finite.py": {"_fills_parameter": "pure: by name and model"},
     "host/merging/whole_models.py": {"_measured": "pure: by models, files and threads"},
     "host/plugin/autoload.py": {"_warn_once": "what was said of the registration"},
     "host/plugin/saving.py": {"check_before_saving": "the host's task of writing is wrapped once"},
     "host/store/entry.py": {
         "source_of": "pure: a digest of a module's source",
+        "sources": "pure: a digest of our sources",
         "_build": "pure: digests of versions, sources and machine",
     },
 }

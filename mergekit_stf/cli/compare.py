@@ -65,6 +65,7 @@ def command(
     force: bool,
     keep_store: bool,
     store_size: int,
+    ray_address: str | None,
 ) -> None:
     """Merge CONFIG once by every method, into one folder each under OUT.
 
@@ -89,7 +90,9 @@ def command(
     _print_dropped(recasts)
     out_folder(out)  # is refused now or never
     evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    work = Work("compare", out, merge_options, evaluation, force, store_size, keep_store)
+    work = Work(
+        "compare", out, merge_options, evaluation, force, store_size, keep_store, ray_address
+    )
     merge_points(points, work)
 
 

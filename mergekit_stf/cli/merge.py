@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mergekit_stf.cli.common.out_folder import OutFolder
+from mergekit_stf.cli.common.ray_option import add_ray_option, open_executor
 from mergekit_stf.cli.common.store_options import add_store_options
 from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
@@ -25,6 +26,7 @@ from mergekit_stf.host.run.merge import StoreOptions, merge_recipe
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep merged matrices in this folder, for several merges.  [default: beside OUT]",
 )
+@add_ray_option
 @add_merge_options  # type: ignore[untyped-decorator]
 def command(
     merge_options: MergeOptions,
@@ -34,6 +36,7 @@ def command(
     keep_store: bool,
     store: Path | None,
     store_size: int,
+    ray_address: str | None,
 ) -> None:
     """Merge the recipe CONFIG into the folder OUT, which is then complete or absent.
 
@@ -45,7 +48,8 @@ def command(
     for warning in recipe.warnings:
         echo(f"Warning: {recipe.source}: {warning}", err=True)
     wanted = StoreOptions(store, store_size, keep_store)
-    merged = merge_recipe(recipe, out_path, merge_options, wanted, force)
+    with open_executor(ray_address, merge_options) as runs:
+        merged = merge_recipe(recipe, out_path, merge_options, wanted, force, executor=runs)
     if not merge_options.quiet:
         echo(merged.store)
         echo(f"{out_path}: {len(merged.lock.outputs)} files, listed in {FILE_NAME}")

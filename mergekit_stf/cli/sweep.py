@@ -40,6 +40,7 @@ def command(
     force: bool,
     keep_store: bool,
     store_size: int,
+    ray_address: str | None,
 ) -> None:
     """Merge CONFIG once for every value of a grid, into one folder each under OUT.
 
@@ -63,5 +64,5 @@ def command(
     print_warnings(recipe, values)
     out_folder(out)  # is refused now or never
     evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    work = Work("sweep", out, merge_options, evaluation, force, store_size, keep_store)
+    work = Work("sweep", out, merge_options, evaluation, force, store_size, keep_store, ray_address)
     merge_points(grid_points(recipe, values), work)

@@ -39,6 +39,9 @@ class Record:
         cosine: ``⟨M_i, M_j⟩ / (|M_i| |M_j|)``, the interference of each pair of tasks; 0 for a
             task matrix that is zero.
         facts: numbers of the method's own, by name.
+        node: of the cluster that merged it, where one did.
+        device: the kind of device there.
+        started: when that began, in seconds since the epoch.
     """
 
     name: str = ""
@@ -65,6 +68,9 @@ class Record:
     norm_merged: float | None = None
     cosine: tuple[tuple[float, ...], ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
+    node: str = ""
+    device: str = ""
+    started: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was computed, as plain data."""

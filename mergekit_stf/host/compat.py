@@ -8,8 +8,10 @@ module touches a name of theirs with an underscore. This module imports none of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import mergekit.architecture
 from mergekit.architecture import ModelArchitecture
@@ -54,6 +56,7 @@ __all__ = [
     "close_checkpoints",
     "computed_parameters",
     "convert_moe_packed_tensors",
+    "executing",
     "find_loader",
     "get_model_conversion_mapping",
     "host_architecture",
@@ -94,6 +97,19 @@ def replace_architecture_question(answer: Callable[..., ModelArchitecture]) -> N
 def replace_saving(execute: Callable[..., None]) -> None:
     """Let mergekit 0.1.5 write a weight by another function."""
     SaveTensor.execute = execute
+
+
+@contextmanager
+def executing(executor: Callable[..., Any]) -> Iterator[None]:
+    """Let ``run_merge`` of mergekit 0.1.5 hand its tasks to another executor in the block.
+
+    Args:
+        executor: gets the targets and the devices, and returns what has mergekit's method ``run``.
+    """
+    import mergekit.merge
+
+    with patch.object(mergekit.merge, "Executor", executor):
+        yield
 
 
 def close_checkpoints() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.executors.execution import Executor
 from mergekit_stf.host.plugin.options import MergeOptions
 from mergekit_stf.host.provenance.conditions import Options
 from mergekit_stf.host.provenance.digests import Known
@@ -21,6 +22,7 @@ def merge_point(
     store: StoreOptions,
     known: Known,
     force: bool = False,
+    executor: Executor | None = None,
 ) -> str:
     """Merge a point unless its folder holds just that, and say which it was.
 
@@ -31,12 +33,13 @@ def merge_point(
         store: keeps merged matrices for the next points.
         known: digests of the inputs, which all points share.
         force: merge again what is not as it should be.
+        executor: runs the weights; this process where none is given.
 
     Raises:
         STFError: the folder holds something else, or the point cannot be merged.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
-        merge_recipe(point.recipe, folder, options, store, known=known)
+        merge_recipe(point.recipe, folder, options, store, known=known, executor=executor)
         return "merged"
     if not (folder / FILE_NAME).exists():
         raise STFError(f"{folder} holds no finished point; remove it, or name another OUT")
@@ -47,7 +50,7 @@ def merge_point(
         raise STFError(
             f"{folder} {change}; remove it to merge it again, name another OUT, or give --force"
         )
-    merge_recipe(point.recipe, folder, options, store, force=True, known=known)
+    merge_recipe(point.recipe, folder, options, store, force=True, known=known, executor=executor)
     return "merged again"
 
 

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import click
 
 from mergekit_stf.cli.common.errors import Terminated
+from mergekit_stf.cli.common.ray_option import add_ray_option, open_executor
 from mergekit_stf.cli.common.store_options import add_store_options
 from mergekit_stf.cli.common.terminal import echo
 from mergekit_stf.core.errors import STFError
+from mergekit_stf.host.executors.execution import Executor
 from mergekit_stf.host.plugin.options import MergeOptions
 from mergekit_stf.host.provenance.digests import Known
 from mergekit_stf.host.recipe.grid import (
@@ -48,6 +50,7 @@ class Work:
         force: merge again what is not as it should be.
         store_size: most bytes of the store.
         keep_store: leave the store for another run.
+        ray_address: of the cluster that merges, None for this process.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Work:
     force: bool
     store_size: int
     keep_store: bool
+    ray_address: str | None = None
 
 
 def parse_numbers(
@@ -89,7 +93,7 @@ def add_grid_options(command: F) -> F:
     """Add the options of a grid, of its evaluation and of the store.
 
     They arrive as ``lambdas``, ``density``, ``rank``, ``vary``, ``command_line``,
-    ``lower_is_better``, ``force``, ``keep_store`` and ``store_size``.
+    ``lower_is_better``, ``force``, ``keep_store``, ``store_size`` and ``ray_address``.
     """
     numbers: dict[str, Any] = {"callback": parse_numbers, "metavar": "VALUES"}
     options = (
@@ -119,6 +123,7 @@ def add_grid_options(command: F) -> F:
             "--force", is_flag=True, help="Merge points again that are not as they should be."
         ),
         add_store_options,
+        add_ray_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -153,20 +158,21 @@ def print_warnings(recipe: Recipe, values: Values) -> None:
 
 def merge_points(points: Sequence[Point], work: Work) -> None:
     """Merge and score every point, and write the table, the plot and the best recipe."""
-    rows = _rows(points, work)
+    with open_executor(work.ray_address, work.options) as executor:
+        rows = _rows(points, work, executor)
     if not work.keep_store:
         Store(work.out / ".store").clear()
     _finish(rows, work)
 
 
-def _rows(points: Sequence[Point], work: Work) -> list[Row]:
+def _rows(points: Sequence[Point], work: Work, executor: Executor | None) -> list[Row]:
     rows: list[Row] = []
     known: Known = {}
     store = StoreOptions(work.out / ".store", work.store_size)
     try:
         for point in points:
             started, folder = time.perf_counter(), work.out / point.name
-            state = merge_point(point, folder, work.options, store, known, work.force)
+            state = merge_point(point, folder, work.options, store, known, work.force, executor)
             seconds = time.perf_counter() - started
             rows.append(_row(point, folder, work.evaluation))
             if not work.options.quiet:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -15,13 +15,29 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.record import Record
 from mergekit_stf.host.checkpoints.files import read_text
 
-__all__ = ["FILE_NAME", "VARIABLE", "Record", "Recorder", "from_json", "read_records", "to_json"]
+__all__ = [
+    "FILE_NAME",
+    "VARIABLE",
+    "Record",
+    "Recorder",
+    "Records",
+    "from_json",
+    "read_records",
+    "to_json",
+]
 
 FILE_NAME = "stf-diagnostics.jsonl"
 VARIABLE = "MERGEKIT_STF_DIAGNOSTICS"
 
 _strict = dataclass(frozen=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(_strict(Record))
+
+
+class Records(Protocol):
+    """What takes records: a ``Recorder``, or what a worker carries."""
+
+    def write(self, record: Record) -> None:
+        """Keep what happened to one weight."""
 
 
 class Recorder:

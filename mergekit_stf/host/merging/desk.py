@@ -15,7 +15,7 @@ import torch
 from mergekit_stf.core import Merged, Record
 from mergekit_stf.host.diagnostics.memory import peak_device, peak_rss
 from mergekit_stf.host.diagnostics.notices import Notice, Notices, find_ill_posed
-from mergekit_stf.host.diagnostics.records import VARIABLE, Recorder
+from mergekit_stf.host.diagnostics.records import VARIABLE, Recorder, Records
 from mergekit_stf.host.merging.job import (
     WeightJob,
     WeightResult,
@@ -28,10 +28,10 @@ from mergekit_stf.host.merging.job import (
     with_tensors,
 )
 from mergekit_stf.host.merging.records import sorted_by_model
-from mergekit_stf.host.store.jobs import Shelf, takes
+from mergekit_stf.host.store.jobs import Matrices, Shelf, takes
 from mergekit_stf.host.store.store import VARIABLE as STORE
 from mergekit_stf.host.store.store import VARIABLE_SIZE as STORE_SIZE
-from mergekit_stf.host.store.store import Store, store_of_environment
+from mergekit_stf.host.store.store import store_of_environment
 
 
 class Desk:
@@ -40,11 +40,17 @@ class Desk:
     Args:
         store: keeps merged matrices, None for none.
         recorder: writes what was done to each weight, None for none.
+        notices: says what is to be said once a merge.
     """
 
-    def __init__(self, store: Store | None = None, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        store: Matrices | None = None,
+        recorder: Records | None = None,
+        notices: Notices | None = None,
+    ) -> None:
         self.store, self.recorder = store, recorder
-        self.notices = Notices()
+        self.notices = notices or Notices()
         self._precision = _Precision()
 
     def run(self, job: WeightJob) -> WeightResult:

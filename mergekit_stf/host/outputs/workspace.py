@@ -26,7 +26,7 @@ from mergekit_stf.host.run.signals import add_note, defer_signals
 
 LOG = logging.getLogger(__name__)
 ENTRIES = "*.stf.safetensors"
-OURS = frozenset({"output", "store", "adapters", "old", "lock"})
+OURS = frozenset({"output", "store", "adapters", "waiting", "old", "lock"})
 
 
 class Workspace:
@@ -48,6 +48,7 @@ class Workspace:
         output: where to write the output until `publish`.
         store: where to keep the store.
         adapters: where the host may keep the full models that it makes of ``base+adapter``.
+        waiting: where an executor may keep weights that are merged before it is their turn.
 
     Raises:
         STFError: ``out`` is taken, or can be no output.
@@ -66,6 +67,7 @@ class Workspace:
         self.output = self.folder / "output" / self.out.name
         self.store = store or self.folder / "store"
         self.adapters = self.folder / "adapters"
+        self.waiting = self.folder / "waiting"
         self._force, self._reads, self._keep_store = force, [*reads, self.store], keep_store
         self._old = self.folder / "old"
         self._lock = FileLock(self.folder / "lock", blocking=False)
@@ -164,7 +166,7 @@ class Workspace:
         self._check_own()
         self._recover()
         self._check_free()
-        _remove(self.output.parent, self.adapters)
+        _remove(self.output.parent, self.adapters, self.waiting)
         self.output.mkdir(parents=True)
         sync(self.folder)
 
@@ -200,7 +202,7 @@ class Workspace:
             LOG.warning("what was in %s lies in %s now: %s", self.out, place, error)
 
     def _clean(self) -> None:
-        _remove(self.output.parent, self.adapters)
+        _remove(self.output.parent, self.adapters, self.waiting)
         if not self._has_store() or (self._finished and not self._keep_store):
             _remove(self.folder / "store")
             with suppress(OSError):  # Windows removes no open file

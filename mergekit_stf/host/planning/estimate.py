@@ -80,10 +80,10 @@ def estimate_merge(
     by_weight = {name: seconds[workload] for name, workload in workloads.items()}
     output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
     store = sum(weight.stored_bytes for weight in weights)
-    mapped = _input_bytes(weights)
+    mapped = input_bytes(weights)
     files = _file_seconds(mapped, store + output, folder) + _reading_seconds(weights)
     merging = sum(by_weight.values())
-    work = max((_working_bytes(weight, device) for weight in weights), default=0)
+    work = max((working_bytes(weight, device) for weight in weights), default=0)
     on_card = device.type == "cuda"
     shard = min(output, options.out_shard_size)
     return Estimate(
@@ -123,7 +123,8 @@ def _reading_seconds(weights: Sequence[PlannedWeight]) -> float:
     return (time.perf_counter() - started) * entries / sample.numel()
 
 
-def _input_bytes(weights: Sequence[PlannedWeight]) -> int:
+def input_bytes(weights: Sequence[PlannedWeight]) -> int:
+    """Return the bytes of the tensors that are read for these weights."""
     headers = (header_if_any(load) for weight in weights for load in weight.loads.values())
     return sum(
         torch.Size(header.shape).numel() * header.dtype.itemsize
@@ -132,7 +133,7 @@ def _input_bytes(weights: Sequence[PlannedWeight]) -> int:
     )
 
 
-def _working_bytes(weight: PlannedWeight, device: torch.device) -> int:
+def working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     """Count what one weight needs while it is merged.
 
     Float32 copies of the base, one task matrix and the result; for a decomposition besides, the

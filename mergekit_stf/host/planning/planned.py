@@ -149,12 +149,16 @@ def plan_weights(config: MergeConfiguration, options: MergeOptions) -> list[Plan
     planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
     # The host's plan_in_memory() does not validate; this plan writes nothing until it is executed.
     tasks = planner.plan_to_disk(out_path="")
-    return [
-        _planned(task.tensor_task, task.dtype) for task in tasks if isinstance(task, SaveTensor)
-    ]
+    return [planned_weight(task) for task in tasks if isinstance(task, SaveTensor)]
 
 
-def _planned(task: ExecuteMergeMethodTask, out_dtype: str | None) -> PlannedWeight:
+def planned_weight(saving: SaveTensor) -> PlannedWeight:
+    """Return the weight that the host's task of saving is about.
+
+    Args:
+        saving: of a weight that a method of ours merges.
+    """
+    task: ExecuteMergeMethodTask = saving.tensor_task
     source = task.gather_tensors
     gather = source if isinstance(source, GatherTensors) else source.gather_tensors
     tasks = gather.arguments()
@@ -174,7 +178,7 @@ def _planned(task: ExecuteMergeMethodTask, out_dtype: str | None) -> PlannedWeig
         rule=rule_label(method, resolve_rule(method, kind, shared["rule"])),
         header=header,
         dtype=dtype,
-        out_dtype=dtype_from_name(out_dtype) or dtype,
+        out_dtype=dtype_from_name(saving.dtype) or dtype,
         base=task.base_model,
         models=models,
         weight=tuple(inputs[model]["weight"] for model in models),

@@ -26,7 +26,11 @@ BLOCK = 4096
 
 
 def preflight(
-    config: MergeConfiguration, options: MergeOptions, folder: Path, store: Store
+    config: MergeConfiguration,
+    options: MergeOptions,
+    folder: Path,
+    store: Store,
+    spools: bool = False,
 ) -> list[str]:
     """Check everything about a merge that can be known without reading a weight.
 
@@ -35,6 +39,7 @@ def preflight(
         options: the host's options.
         folder: an existing folder on the disk that will hold the output.
         store: the store that the merge will use.
+        spools: whether finished weights may wait on the disk until they are written.
 
     Returns:
         What is suspicious but no reason to stop, one line each.
@@ -57,7 +62,7 @@ def preflight(
     if problems:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise STFError(f"{problems[0]}{more}")
-    _check_disk(weights, folder, store)
+    _check_disk(weights, folder, store, copies=2 if spools else 1)
     names = [weight.name for weight in weights]
     return [*warnings, *_memory_warnings(weights, options), *_idle_filters(config, names)]
 
@@ -87,8 +92,8 @@ def _shape_problems(weight: PlannedWeight, realigned: bool) -> Iterator[str]:
             )
 
 
-def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store) -> None:
-    output = sum(weight.numel * weight.out_dtype.itemsize + BLOCK for weight in weights)
+def _check_disk(weights: list[PlannedWeight], folder: Path, store: Store, copies: int) -> None:
+    output = copies * sum(weight.numel * weight.out_dtype.itemsize + BLOCK for weight in weights)
     matrices = [weight.stored_bytes for weight in weights if weight.stored_bytes]
     stored = min(sum(matrices) + BLOCK * len(matrices), store.size) - store.count_bytes()
     disks = {folder.stat().st_dev: (folder, output)}

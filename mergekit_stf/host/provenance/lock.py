@@ -66,6 +66,7 @@ class Lock(_Model):
         threads: torch's number of threads.
         machine: what else is known to change bits; for the reader.
         check: what the check of the output found, None for an adapter.
+        workers: the kinds of devices that merged on a cluster, sorted; none for one machine.
     """
 
     format: Literal[2] = 2
@@ -80,11 +81,13 @@ class Lock(_Model):
     machine: Machine
     outputs: tuple[FileRecord, ...]
     check: OutputCheck | None = None
+    workers: tuple[str, ...] = ()
     sha256: str = ""
 
     def digest(self) -> str:
         """Return the SHA-256 of all else in the file."""
-        return text_digest(self.model_dump_json(exclude={"sha256"}))
+        absent = set() if self.workers else {"workers"}  # older locks know nothing of clusters
+        return text_digest(self.model_dump_json(exclude={"sha256", *absent}))
 
 
 def make_lock(
@@ -95,6 +98,7 @@ def make_lock(
     folder: Path,
     command: tuple[str, ...] = ("merge",),
     check: OutputCheck | None = None,
+    workers: tuple[str, ...] = (),
 ) -> Lock:
     """Return the lock of a finished merge.
 
@@ -106,6 +110,7 @@ def make_lock(
         folder: the folder of the output.
         command: the subcommand that merged, and the options that only it has.
         check: what the check of the output found.
+        workers: the kinds of devices that merged on a cluster.
     """
     lock = Lock(
         command=command,
@@ -114,11 +119,12 @@ def make_lock(
         options=Options.of(options),
         models=tuple(_model_record(model, digests) for model in models),
         versions=versions(),
-        device=device_name(options.device or "cpu"),
+        device=_device(options.device or "cpu", workers),
         threads=torch.get_num_threads(),
         machine=describe_machine(),
         outputs=tuple(file_record(folder, name) for name in output_names(folder)),
         check=check,
+        workers=workers,
     )
     return lock.model_copy(update={"sha256": lock.digest()})
 
@@ -185,6 +191,12 @@ def device_name(device: str) -> str:
     """Return the name of an accelerator, or the kind of device for all others."""
     kind = torch.device(device).type
     return str(torch.cuda.get_device_name(device)) if kind == "cuda" else kind
+
+
+def _device(device: str, workers: tuple[str, ...]) -> str:
+    """Return the name of the accelerators that merged, which may be those of other machines."""
+    on_cards = torch.device(device).type == "cuda"
+    return " and ".join(workers) if on_cards and workers else device_name(device)
 
 
 def text_digest(text: str) -> str:

@@ -19,6 +19,7 @@ from mergekit_stf.host.architectures.coverage import suspend_guard
 from mergekit_stf.host.checkpoints.files import write_text
 from mergekit_stf.host.checkpoints.inputs import InputModel, input_models, input_places
 from mergekit_stf.host.diagnostics.records import FILE_NAME, Recorder
+from mergekit_stf.host.executors.execution import Execution, Executor, InProcess
 from mergekit_stf.host.merging.desk import Desk
 from mergekit_stf.host.outputs.check import check_output
 from mergekit_stf.host.outputs.config import settle_files
@@ -76,6 +77,7 @@ def merge_recipe(
     store_options: StoreOptions | None = None,
     force: bool = False,
     known: Known | None = None,
+    executor: Executor | None = None,
 ) -> FinishedMerge:
     """Check everything, merge beside ``out``, and put the result and its lock into place.
 
@@ -86,11 +88,12 @@ def merge_recipe(
         store_options: how to keep merged matrices while the merge runs.
         force: replace an earlier output.
         known: digests of inputs that the caller keeps from merge to merge.
+        executor: runs the weights; this process where none is given.
 
     Raises:
         STFError: whatever is wrong, before or during the merge; ``out`` is then as it was.
     """
-    wanted = store_options or StoreOptions()
+    wanted, runs = store_options or StoreOptions(), executor or InProcess()
     reads = input_places(recipe, options)
     with Workspace(out, force, reads, wanted.folder, wanted.keep) as work:
         config = OrderedConfiguration.model_validate(dict(recipe.config))
@@ -100,18 +103,28 @@ def merge_recipe(
         check_quantised(config, options)
         copy_adapters(config, options, Path(options.lora_merge_cache or work.adapters))
         store = Store(work.store, wanted.size)
-        for warning in preflight(config, options, work.folder, store):
+        for warning in preflight(config, options, work.folder, store, runs.spools):
             LOG.warning("%s", warning)
         records = contextlib.closing(Recorder(work.output / FILE_NAME))
         with store.writing_beside(), records as recorder, Digests(models, known) as digests:
             desk = Desk(store, recorder)
-            _run(desk, config, recipe.text, work.output, _host_options(config, models, options))
+            execution = Execution(desk, store, config.referenced_models(), options, work.waiting)
+            with runs.executing(execution) as devices:
+                _run(desk, config, recipe.text, work.output, _host_options(config, models, options))
             desk.notices.close()
             found = digests.result()
             settle_files(_donor(config, models).folder, work.output)
             with work.settling():
                 check = check_output(work.output, _base(config), _is_sliced(config))
-                lock = make_lock(recipe.text, options, models, found, work.output, check=check)
+                lock = make_lock(
+                    recipe.text,
+                    options,
+                    models,
+                    found,
+                    work.output,
+                    check=check,
+                    workers=devices.names(),
+                )
         for notice in check.notices():
             LOG.warning("%s", notice)
         write_lock(lock, work.output)

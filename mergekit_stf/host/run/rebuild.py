@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.checkpoints.inputs import InputModel, input_models
+from mergekit_stf.host.executors.execution import Executor
 from mergekit_stf.host.provenance.conditions import describe_machine
 from mergekit_stf.host.provenance.lock import FILE_NAME, Lock, device_name, read_lock
 from mergekit_stf.host.recipe.recipe import Recipe, check_recipe
@@ -32,7 +33,11 @@ LOG = logging.getLogger(__name__)
 
 
 def rebuild(
-    lock: Lock, out: Path, cache: str | None = None, trust_remote_code: bool = False
+    lock: Lock,
+    out: Path,
+    cache: str | None = None,
+    trust_remote_code: bool = False,
+    executor: Executor | None = None,
 ) -> Lock:
     """Merge the recipe of a lock into ``out`` with its options and number of threads.
 
@@ -43,25 +48,33 @@ def rebuild(
         out: a folder that is not there yet.
         cache: where hub models are kept, if not in the default place.
         trust_remote_code: run code from the models' folders if the merge did.
+        executor: runs the weights; this process where none is given.
 
     Raises:
         STFError: the lock's recipe or conditions cannot be used here, or its recipe asks for other
             models and files than it lists.
     """
     options = lock.options.restore(cache, trust_remote_code and lock.options.trust_remote_code)
-    _check_conditions(lock, options.device or "cpu")
+    if len(lock.workers) > 1:
+        raise STFError(
+            f"merged on different kinds of devices ({', '.join(lock.workers)}), any of which may "
+            "have merged a weight; its bytes cannot be compared"
+        )
+    if executor is None:
+        _check_device(lock, options.device or "cpu")
+    _check_conditions(lock)
     recipe = check_recipe(lock.recipe, FILE_NAME)
     threads = torch.get_num_threads()
     with stay_offline():
         _check_inputs(lock, input_models(recipe.config, options))
         torch.set_num_threads(lock.threads)
         try:
-            return _again(lock, recipe, out, options)
+            return _again(lock, recipe, out, options, executor)
         finally:
             torch.set_num_threads(threads)
 
 
-def _check_conditions(lock: Lock, device: str) -> None:
+def _check_device(lock: Lock, device: str) -> None:
     try:
         torch.zeros(1, device=device)
         here = device_name(device)
@@ -69,6 +82,9 @@ def _check_conditions(lock: Lock, device: str) -> None:
         raise STFError(f"merged on {lock.device}, and {device} is not to be had here") from error
     if here != lock.device:
         raise STFError(f"merged on {lock.device}, here is {here}; its bytes cannot be compared")
+
+
+def _check_conditions(lock: Lock) -> None:
     if lock.threads > MOST_THREADS:
         raise STFError(f"{FILE_NAME}: {lock.threads} threads; at most {MOST_THREADS} are started")
     now = describe_machine()
@@ -94,10 +110,20 @@ def _check_inputs(lock: Lock, models: Sequence[InputModel]) -> None:
             )
 
 
-def _again(lock: Lock, recipe: Recipe, out: Path, options: MergeOptions) -> Lock:
+def _again(
+    lock: Lock, recipe: Recipe, out: Path, options: MergeOptions, executor: Executor | None
+) -> Lock:
+    if executor is not None and lock.command[0] == "lora":
+        raise STFError("adapters in factors are merged on one machine; leave --ray out")
     match lock.command:
         case ("merge",):
-            return merge_recipe(recipe, out, options).lock
+            again = merge_recipe(recipe, out, options, executor=executor).lock
+            if executor is not None and lock.workers and again.workers != lock.workers:
+                raise STFError(
+                    f"merged on {lock.workers[0]}, the cluster has {', '.join(again.workers)}; "
+                    "its bytes cannot be compared"
+                )
+            return again
         case ("lora",):
             merge_to_model(recipe, out, options, locked=True)
         case ("lora", "--adapter"):

@@ -96,14 +96,20 @@ def read_entry(path: Path, key: str) -> tuple[torch.Tensor, str]:
 
 
 @cache
-def _build() -> tuple[str, ...]:
-    """Return what can change a bit of M besides its inputs, our own source included."""
-    source = xxhash.xxh3_128()
+def sources() -> str:
+    """Return a digest of all our modules that can change a bit of M."""
+    digest = xxhash.xxh3_128()
     for layer in ("core", "host"):
         for path in sorted((Path(mergekit_stf.__file__).parent / layer).rglob("*.py")):
-            source.update(path.read_bytes())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _build() -> tuple[str, ...]:
+    """Return what can change a bit of M besides its inputs, our own source included."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = (mergekit_stf.__version__, source.hexdigest(), torch.__version__)
+    versions = (mergekit_stf.__version__, sources(), torch.__version__)
     return (*versions, instructions(), *processor(), device)
 
 

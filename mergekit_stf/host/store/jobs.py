@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +14,18 @@ from mergekit_stf.host.checkpoints.stored import as_tensor
 from mergekit_stf.host.diagnostics.records import from_json, to_json
 from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.store.entry import key_of, source_of
-from mergekit_stf.host.store.store import Store
+
+T = TypeVar("T")
+
+
+class Matrices(Protocol):
+    """What keeps merged matrices by their keys: a ``Store``, or what a worker carries."""
+
+    def get(self, key: str, read: Callable[[Tensor, str], T]) -> T | None:
+        """Return what ``read`` makes of a matrix and its note, None where there is none."""
+
+    def put(self, key: str, matrix: Tensor, note: str = "") -> None:
+        """Keep a matrix and a note."""
 
 
 class Shelf:
@@ -24,7 +36,7 @@ class Shelf:
         job: with its tensors at hand.
     """
 
-    def __init__(self, store: Store, job: WeightJob) -> None:
+    def __init__(self, store: Matrices, job: WeightJob) -> None:
         self._store, self._job = store, job
         self._key = key_of([as_tensor(job.base), *tuned_of(job)], conditions_of(job))
 

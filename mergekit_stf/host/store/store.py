@@ -160,6 +160,10 @@ class Store:
         with self._lock:
             self.written += 1
 
+    def keys(self) -> frozenset[str]:
+        """Return the keys of all entries."""
+        return frozenset(path.name.removesuffix(SUFFIX) for path in self._entries())
+
     def clear(self) -> None:
         """Remove every entry and every leftover, and the folder when nothing else is in it."""
         self._remove_partial(age=0)
