@@ -233,7 +233,8 @@ def reproduced(file: Path, workers: int) -> dict[str, object]:
     weights = [Weight(place, line["seconds"], 0, 0, 0) for place, line in enumerate(lines)]
     simulated = simulate(in_order(weights), workers, endless).seconds - START
     figures: dict[str, object] = {"measured": length, "simulated": simulated}
-    judge(figures, "simulated / measured", abs(simulated / length - 1), "at most", 0.15)
+    print(f"{length:.2f} s from the first weight to the last, simulated {simulated:.2f} s")
+    judge(figures, "simulated / measured - 1", abs(simulated / length - 1), "at most", 0.15)
     return figures
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from mergekit_stf.cli.common.ray_option import add_ray_option, look_at_cluster
 from mergekit_stf.cli.common.terminal import echo, echo_json
 from mergekit_stf.host.planning.plan import make_plan
+from mergekit_stf.host.planning.schedule import estimate_cluster
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe.recipe import load_recipe
 
@@ -35,6 +37,7 @@ from mergekit_stf.host.recipe.recipe import load_recipe
     "that dtype loses.",
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 on a warning too, for CI.")
+@add_ray_option
 @add_merge_options  # type: ignore[untyped-decorator]
 def command(
     merge_options: MergeOptions,
@@ -43,6 +46,7 @@ def command(
     as_json: bool,
     sample: int,
     strict: bool,
+    ray_address: str | None,
 ) -> None:
     """Check the recipe CONFIG and estimate what merging it takes, without reading weights.
 
@@ -59,7 +63,11 @@ def command(
       mergekit-stf plan config.yml --json --strict
     """
     merge_options.apply_global_options()
-    plan = make_plan(load_recipe(config_file), out, merge_options, sample)
+    with look_at_cluster(ray_address, merge_options) as cluster:
+        plan = make_plan(load_recipe(config_file), out, merge_options, sample)
+    if cluster is not None:
+        estimated = estimate_cluster(plan.estimate, cluster)
+        plan = plan.model_copy(update={"cluster": estimated})
     if as_json:
         echo_json(plan)
     else:

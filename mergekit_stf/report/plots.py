@@ -12,6 +12,7 @@ from mergekit_stf.report.record_plots import (
     draw_seconds,
     draw_spectra,
 )
+from mergekit_stf.report.timeline import draw_timeline
 
 
 def draw_plots(report: Report) -> dict[str, list[Plot]]:
@@ -24,7 +25,11 @@ def draw_plots(report: Report) -> dict[str, list[Plot]]:
         "interference": [draw_heat_map(report)] if several and report.comparable else [],
         "spectra": [draw_spectra(decomposed)] if decomposed else [],
         "alpha": [draw_alpha(corrected)] if corrected else [],
-        "cost": [draw_seconds(report.records), *draw_memory(report.records)]
+        "cost": [
+            draw_seconds(report.records),
+            *draw_memory(report.records),
+            *draw_timeline(report.records),
+        ]
         if report.records
         else [],
     }

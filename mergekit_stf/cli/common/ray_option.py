@@ -11,6 +11,7 @@ import click
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.executors.execution import Executor
+from mergekit_stf.host.planning.schedule import Places
 from mergekit_stf.host.plugin.options import MergeOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,9 +42,30 @@ def open_executor(ray_address: str | None, options: MergeOptions) -> Iterator[Ex
     if ray_address is None:
         yield None
         return
-    if importlib.util.find_spec("ray") is None:
-        raise STFError("--ray needs Ray: pip install 'mergekit-stf[ray]'")
+    _check_installed()
     from mergekit_stf.host.cluster.executor import ray_executor
 
     with ray_executor(ray_address, options) as cluster:
         yield cluster
+
+
+@contextmanager
+def look_at_cluster(ray_address: str | None, options: MergeOptions) -> Iterator[Places | None]:
+    """Give the places of a cluster, None without an address, with torch's threads as there.
+
+    Raises:
+        STFError: as ``open_executor``.
+    """
+    if ray_address is None:
+        yield None
+        return
+    _check_installed()
+    from mergekit_stf.host.cluster.executor import look_at
+
+    with look_at(ray_address, options) as places:
+        yield places
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise STFError("--ray needs Ray: pip install 'mergekit-stf[ray]'")

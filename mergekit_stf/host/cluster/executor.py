@@ -19,7 +19,6 @@ from mergekit_stf.host.cluster.joining import (
     find_nodes,
     gather_answers,
     join_cluster,
-    share_of_card,
     task_on,
     warm_up_nodes,
 )
@@ -27,11 +26,12 @@ from mergekit_stf.host.cluster.remote import check_this_node, merge_on_node
 from mergekit_stf.host.cluster.tasks import RETRIES, Tasks
 from mergekit_stf.host.compat import executing
 from mergekit_stf.host.executors.execution import Devices, Execution
-from mergekit_stf.host.executors.jobs import Job
+from mergekit_stf.host.executors.jobs import Job, share_of_card
 from mergekit_stf.host.executors.messages import Merge, Order
 from mergekit_stf.host.executors.nodes import expected_of
 from mergekit_stf.host.executors.pipeline import Pipeline
 from mergekit_stf.host.planning.preflight import format_bytes
+from mergekit_stf.host.planning.schedule import Places
 
 LOG = logging.getLogger("mergekit_stf")
 
@@ -112,13 +112,37 @@ def ray_executor(address: str, options: MergeOptions) -> Iterator[RayExecutor]:
     Raises:
         STFError: there is no cluster, or it cannot do what the options ask.
     """
+    with _joined(address, options) as threads:
+        yield RayExecutor(options, threads)
+
+
+@contextmanager
+def look_at(address: str, options: MergeOptions) -> Iterator[Places]:
+    """Give the places of a cluster that would merge, with torch's threads as ``ray_executor``.
+
+    Args:
+        address: see ``join_cluster``.
+        options: the host's.
+
+    Raises:
+        STFError: as ``ray_executor``.
+    """
+    with _joined(address, options) as threads:
+        found = find_nodes(threads, torch.device(options.device or "cpu"))
+        names, count = tuple(node.name for node in found), sum(node.places for node in found)
+        yield Places(names, count, threads)
+
+
+@contextmanager
+def _joined(address: str, options: MergeOptions) -> Iterator[int]:
+    """Be part of a cluster, with the threads of torch that a weight gets there."""
     if options.multi_gpu:
         raise STFError("--multi-gpu is the host's way to several cards; with --ray say --cuda")
     threads, before = options.num_threads or 1, torch.get_num_threads()
     with join_cluster(address):
         torch.set_num_threads(threads)
         try:
-            yield RayExecutor(options, threads)
+            yield threads
         finally:
             torch.set_num_threads(before)
 

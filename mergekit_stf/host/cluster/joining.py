@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -141,19 +140,6 @@ def cause_of(error: RayTaskError) -> BaseException:
     """Return the exception that a task has raised, without Ray's traceback around it."""
     cause: BaseException = error.cause
     return cause
-
-
-def share_of_card(device: torch.device, needed: int, memory: int) -> float:
-    """Return the part of a card that a weight asks for, in quarters: 1 for large ones, 0 on a CPU.
-
-    Args:
-        device: its kind.
-        needed: bytes of a card's memory that the weight takes.
-        memory: bytes of the smallest card.
-    """
-    if device.type != "cuda":
-        return 0.0
-    return min(4, max(1, math.ceil(4 * needed / memory))) / 4
 
 
 def _initialise(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -69,6 +70,19 @@ def jobs_of(tasks: Iterable[Task]) -> list[Job]:
         for task in tasks
         if isinstance(task, SaveTensor) and _is_ours(task.tensor_task)
     ]
+
+
+def share_of_card(device: torch.device, needed: int, memory: int) -> float:
+    """Return the part of a card that a weight asks for, in quarters: 1 for large ones, 0 on a CPU.
+
+    Args:
+        device: its kind.
+        needed: bytes of a card's memory that the weight takes.
+        memory: bytes of the smallest card.
+    """
+    if device.type != "cuda":
+        return 0.0
+    return min(4, max(1, math.ceil(4 * needed / memory))) / 4
 
 
 def _is_ours(task: Task) -> bool:

@@ -20,6 +20,7 @@ from mergekit_stf.host.planning.estimate import Estimate, count_by_rule, estimat
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.planning.preflight import format_bytes, preflight
 from mergekit_stf.host.planning.probe import Probe, probe_models
+from mergekit_stf.host.planning.schedule import ClusterEstimate
 from mergekit_stf.host.recipe.recipe import Recipe
 from mergekit_stf.host.store.store import Store
 from mergekit_stf.text import printable
@@ -53,6 +54,7 @@ class Plan(BaseModel):
         rules: weights and parameters by rule.
         costliest: the weights that cost most, those of one kind together.
         estimate: time, memory and disk.
+        cluster: time on a cluster, None unless asked for.
         probe: what a sample of the weights says, None unless asked for.
         warnings: what is legal but probably not meant.
     """
@@ -62,6 +64,7 @@ class Plan(BaseModel):
     rules: list[RuleRow]
     costliest: list[CostRow]
     estimate: Estimate
+    cluster: ClusterEstimate | None = None
     probe: Probe | None
     warnings: list[str]
 
@@ -163,8 +166,20 @@ def _figures(plan: Plan) -> Iterator[str]:
         yield f"device    {format_bytes(found.device_memory)} at peak"
     output, store = format_bytes(found.output), format_bytes(found.store)
     yield f"disk      {output} output, {store} store while merging"
+    if plan.cluster is not None:
+        yield from _cluster_lines(plan.cluster)
     if plan.probe is not None:
         yield from _probe_lines(plan.probe)
+
+
+def _cluster_lines(found: ClusterEstimate) -> Iterator[str]:
+    each = f"{found.threads} thread{'s' if found.threads > 1 else ''} each"
+    yield (
+        f"cluster   {format_duration(found.seconds)} with {found.places} weights at a time "
+        f"({each}) on {', '.join(found.nodes)}"
+    )
+    others = (f"{number}: {format_duration(time)}" for number, time in found.by_places.items())
+    yield f"          weights at a time: {', '.join(others)}"
 
 
 def _probe_lines(found: Probe) -> Iterator[str]:

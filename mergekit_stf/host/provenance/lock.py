@@ -25,7 +25,7 @@ from mergekit_stf.host.provenance.conditions import Machine, Options, describe_m
 FILE_NAME = "stf.lock.json"
 ABOUT = (FILE_NAME, diagnostics.FILE_NAME, "stf-report.html")
 FIGURES = re.compile(
-    r"stf-report/(interference|spectra|alpha|seconds|memory|preservation(-\d+)?)\.png"
+    r"stf-report/(interference|spectra|alpha|seconds|memory|timeline|preservation(-\d+)?)\.png"
 )
 LIBRARIES = ("mergekit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

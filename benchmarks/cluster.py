@@ -1,0 +1,101 @@
+"""What does a merge over two workers of one core each cost beside one process with two threads?
+
+The Llama of ``whole_merge.py``, the real command from start to end in processes of its own, one
+after the other in pairs: ``--num-threads 2``, then ``--ray local`` on two cores, which starts a
+cluster, two workers and everything that they import. The outputs are compared first. The records
+of the last merge on the cluster then say how long the discrete-event simulation should find it.
+
+    python benchmarks/cluster.py --json benchmarks/results/cluster.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster_simulation import reproduced
+from harness import distance, finish, judge, parser, peak_of, shown, spread
+from safetensors.torch import load_file
+from whole_merge import MODEL, make, recipe
+
+WORKERS = 2
+WAYS = {"one process": ["--num-threads", str(WORKERS)], "two workers": ["--ray", "local"]}
+
+BOUND = 1.1
+"""What the cluster may take of one process's time, for that model."""
+
+MEMORY = 1.0
+"""GB by which the driver's peak may be above that of one process."""
+
+
+def command(root: Path, way: str) -> list[str]:
+    """Return the command of one way to merge."""
+    program = str(Path(sys.executable).with_name("mergekit-stf"))
+    out = root / way.replace(" ", "-")
+    return [program, "merge", str(root / "stf.yml"), str(out), "--quiet", *WAYS[way]]
+
+
+def check(root: Path) -> float:
+    """Return how far the two merged models are apart, relative to what the merge has changed."""
+    base, here, there = (
+        load_file(root / folder / "model.safetensors")
+        for folder in ("base", "one-process", "two-workers")
+    )
+    apart = [
+        distance(there[name].double() - base[name], here[name].double() - base[name])
+        for name in here
+    ]
+    assert max(apart) < 2e-2, max(apart)
+    return max(apart)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    for name, default in MODEL.items():
+        options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--density", type=float, default=0.2)
+    given = options.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    peaks: dict[str, list[float]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make(root, given)
+        recipe(root, "stf", given.density)
+        for _ in range(given.runs):
+            for way in WAYS:
+                shutil.rmtree(root / way.replace(" ", "-"), ignore_errors=True)
+                seconds, peak = peak_of(command(root, way))
+                times[way].append(seconds)
+                peaks[way].append(peak / 1e9)
+                print(f"{way}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB", flush=True)
+        figures = figures_of(given, times, peaks) | {"apart": check(root)}
+        figures |= reproduced(root / "two-workers" / "stf-diagnostics.jsonl", WORKERS)
+    finish(given, figures)
+
+
+def figures_of(
+    given: argparse.Namespace, times: dict[str, list[float]], peaks: dict[str, list[float]]
+) -> dict[str, object]:
+    """Return the figures of all pairs, judged for the model that the bounds are meant for."""
+    ratio = spread([b / a for a, b in zip(*times.values(), strict=True)])
+    more = spread([b - a for a, b in zip(*peaks.values(), strict=True)])
+    figures: dict[str, object] = {
+        "time": {way: spread(found) for way, found in times.items()},
+        "peak GB": {way: spread(found) for way, found in peaks.items()},
+        "workers over process": ratio,
+        "peak more, GB": more,
+    }
+    print(f"two workers take {shown(ratio, 'x')} of one process, {shown(more, 'GB')} more")
+    if all(getattr(given, name) == size for name, size in MODEL.items()):
+        judge(figures, "workers over process", ratio["median"], "at most", BOUND)
+        judge(figures, "peak more, GB", more["median"], "at most", MEMORY)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
