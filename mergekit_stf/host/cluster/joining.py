@@ -19,6 +19,10 @@ from mergekit_stf.core.errors import STFError
 from mergekit_stf.host.cluster.remote import named, warm_up
 
 USAGE = "RAY_USAGE_STATS_ENABLED"
+UNHANDLED = "RAY_IGNORE_UNHANDLED_ERRORS"
+"""Variable with which Ray does not print the errors of tasks whose answers nobody takes: the first
+error ends a merge, and is said by us."""
+
 OWN_CARDS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 """Variable with which Ray leaves it to a task to choose the card that it was given: a process keeps
 the card that it has used first, and serves tasks with several."""
@@ -122,6 +126,7 @@ def gather_answers(references: Sequence[Any], found: Sequence[Node]) -> list[Any
     Raises:
         STFError: that a node raised, or the node and why it could not run the task.
     """
+    ray.wait(list(references), num_returns=len(references))
     answered = []
     for reference, node in zip(references, found, strict=True):
         try:
@@ -144,6 +149,7 @@ def cause_of(error: RayTaskError) -> BaseException:
 
 def _initialise(address: str) -> None:
     os.environ.setdefault(USAGE, "0")  # no request to anybody, unless the user wants it
+    os.environ.setdefault(UNHANDLED, "1")
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if address == "local":
         ray.init("local", include_dashboard=False, **common)
