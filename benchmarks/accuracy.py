@@ -18,7 +18,7 @@ from torch import Tensor
 from mergekit_stf.core import superpose, trim
 from mergekit_stf.core.features.decompose import ROUTES
 
-SHAPES = [(256, 256), (512, 384), (768, 768)]
+SHAPES = ["256x256", "512x384", "768x768"]
 
 
 def spectra(shape: tuple[int, int], seed: int, density: float) -> dict[str, list[Tensor]]:
@@ -43,10 +43,12 @@ def rounding(matrices: list[Tensor], dtype: torch.dtype, seed: int) -> float:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.2])
+    options.add_argument("--shapes", nargs="+", default=SHAPES)
     given = options.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
     errors: dict[str, list[float]] = {route: [] for route in (*ROUTES, "bfloat16")}
     shares: dict[str, list[float]] = {"bfloat16": [], "float16": []}
-    for seed, shape in enumerate(SHAPES * given.runs):
+    for seed, shape in enumerate(shapes * given.runs):
         for density in given.densities:
             for matrices in spectra(shape, seed, density).values():
                 expected = reference(matrices)

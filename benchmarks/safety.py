@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 from harness import parser, peak_of, shown, spread, write
-from whole_merge import make, recipe
+from whole_merge import MODEL, make, recipe
 
 from mergekit_stf.cli.main import main as mergekit_stf
 from mergekit_stf.host.run import merge as merging
@@ -84,7 +84,7 @@ def main() -> None:
         return
     options = parser(__doc__)
     options.set_defaults(runs=4)
-    for name, default in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
+    for name, default in MODEL.items():
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--density", type=float, default=0.2)
     options.add_argument("--only", choices=["store"], help="leave lock and diagnostics out")

@@ -19,6 +19,7 @@ from mergekit_stf.core.solve.gram import blocks_size
 from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.planning import calibrate, estimate
 from mergekit_stf.host.planning.calibrate import EXPONENT, Workload, time_workloads, workload_of
+from mergekit_stf.host.planning.file_speed import SAMPLE, FileSpeed, measure_file_speed
 from mergekit_stf.host.planning.plan import format_duration
 from mergekit_stf.host.planning.planned import plan_weights
 from mergekit_stf.host.planning.probe import probe_models
@@ -268,11 +269,8 @@ def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr(estimate, "process_age", lambda: 7.0)
     monkeypatch.setattr(estimate, "peak_rss", lambda: 10**9)
-    monkeypatch.setattr(
-        estimate, "_file_seconds", lambda hashed, written, folder: hashed + 100.0 * written
-    )
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
-    found = estimate.estimate_merge(weights, MergeOptions(), recipe.parent)
+    found = estimate.estimate_merge(weights, MergeOptions(), FileSpeed(1.0, 100.0))
     assert found.by_weight == {weight.name: costs[weight.resolved_rule] for weight in weights}
     assert found.merging == sum(costs[weight.resolved_rule] for weight in weights)
     assert found.files == found.mapped + 100 * (found.store + found.output)
@@ -282,7 +280,7 @@ def test_an_estimate_adds_up_its_parts(recipe: Path, monkeypatch: pytest.MonkeyP
     assert found.mapped == 4 * found.output
     assert found.store == 4 * sum(numel[w.name] for w in weights if w.rule == "superpose")
     work = found.memory - 10**9 - found.mapped - found.output
-    assert work == max(estimate._working_bytes(weight, CPU) for weight in weights)
+    assert work == max(estimate.working_bytes(weight, CPU) for weight in weights)
 
 
 def test_a_superposed_weight_needs_its_tasks_features_beside_it(recipe: Path) -> None:
@@ -292,21 +290,19 @@ def test_a_superposed_weight_needs_its_tasks_features_beside_it(recipe: Path) ->
     assert up.header.shape == (24, 16)
     whole, features = 4 * 24 * 16, 4 * (16 * 16 + 24 * 16)
     most = max(workspace(16, 3, CPU), blocks_size(24, 16, 3))
-    assert estimate._working_bytes(up, CPU) == 5 * whole + 3 * features + most
-    assert estimate._working_bytes(table, CPU) == 4 * 4 * 40 * 16
+    assert estimate.working_bytes(up, CPU) == 5 * whole + 3 * features + most
+    assert estimate.working_bytes(table, CPU) == 4 * 4 * 40 * 16
 
 
-def test_the_speed_of_the_disk_is_measured_on_the_disk_of_the_output(
+def test_the_speed_of_files_is_measured_on_the_disk_of_the_output(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ticks = iter([0.0, 0.5, 1.0, 3.0])
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    sample = estimate._SAMPLE
-    assert estimate._file_seconds(8 * sample, 3 * sample, tmp_path) == 8 * 0.5 / 4 + 3 * 2.0
-    monkeypatch.undo()
+    found = measure_file_speed(tmp_path, iter([0.0, 0.5, 2.5]).__next__)
+    assert (found.hashing * SAMPLE, found.writing * SAMPLE) == (0.5 / 4, 2.0)
+    assert 0 < measure_file_speed(tmp_path).writing < 1e-3
     with pytest.raises(STFError, match="nowhere: cannot be written: No such file"):
-        estimate._file_seconds(1, 1, tmp_path / "nowhere")
+        measure_file_speed(tmp_path / "nowhere")
 
 
 def test_workloads_join_what_costs_the_same(recipe: Path) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 import torch
@@ -16,7 +12,6 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from mergekit_stf.core import methods
-from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.core.pool import workspace
 from mergekit_stf.core.solve.gram import blocks_size
@@ -24,9 +19,8 @@ from mergekit_stf.host.checkpoints.headers import header_if_any
 from mergekit_stf.host.diagnostics.memory import peak_rss
 from mergekit_stf.host.merging.whole_models import squared_length
 from mergekit_stf.host.planning.calibrate import time_workloads, workload_of
+from mergekit_stf.host.planning.file_speed import FileSpeed
 from mergekit_stf.host.planning.planned import PlannedWeight
-
-_SAMPLE = 16 * 2**20
 
 ELEMENTWISE = 6
 """Matrices that an elementwise method needs besides the task matrices: base, sum, score, result."""
@@ -63,14 +57,14 @@ class Estimate(BaseModel):
 
 
 def estimate_merge(
-    weights: Sequence[PlannedWeight], options: MergeOptions, folder: Path
+    weights: Sequence[PlannedWeight], options: MergeOptions, speed: FileSpeed
 ) -> Estimate:
     """Estimate a merge; takes about two seconds, and reads no weight.
 
     Args:
         weights: the plan.
         options: the host's options.
-        folder: an existing folder on the disk of the output, for a short test of its speed.
+        speed: of files on the disk of the output.
     """
     starting = process_age()
     before = peak_rss() or 0
@@ -81,7 +75,8 @@ def estimate_merge(
     output = sum(weight.numel * weight.out_dtype.itemsize for weight in weights)
     store = sum(weight.stored_bytes for weight in weights)
     mapped = input_bytes(weights)
-    files = _file_seconds(mapped, store + output, folder) + _reading_seconds(weights)
+    writing = (store + output) * speed.writing
+    files = mapped * speed.hashing + writing + _reading_seconds(weights)
     merging = sum(by_weight.values())
     work = max((working_bytes(weight, device) for weight in weights), default=0)
     on_card = device.type == "cuda"
@@ -152,24 +147,6 @@ def working_bytes(weight: PlannedWeight, device: torch.device) -> int:
     tasks = len(weight.models)
     most = max(workspace(side, tasks, device), blocks_size(rows, columns, tasks))
     return 2 * one + 3 * part + tasks * features + most
-
-
-def _file_seconds(hashed: int, written: int, folder: Path) -> float:
-    """Return seconds to hash the inputs, beside the merge, and to write store and output."""
-    block = os.urandom(2**20) * (_SAMPLE // 2**20)
-    started = time.perf_counter()
-    hashlib.sha256(block).digest()
-    hashing = (time.perf_counter() - started) / _SAMPLE
-    started = time.perf_counter()
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise STFError(f"{folder}: cannot be written: {error.strerror}") from error
-    writing = (time.perf_counter() - started) / _SAMPLE
-    return hashed * hashing / (os.cpu_count() or 1) + written * writing
 
 
 def count_by_rule(weights: Sequence[PlannedWeight]) -> dict[str, tuple[int, int]]:

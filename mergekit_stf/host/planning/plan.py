@@ -17,6 +17,7 @@ from mergekit_stf.host.architectures.coverage import suspend_guard
 from mergekit_stf.host.checkpoints.inputs import input_models
 from mergekit_stf.host.diagnostics.sample import spread
 from mergekit_stf.host.planning.estimate import Estimate, count_by_rule, estimate_merge
+from mergekit_stf.host.planning.file_speed import measure_file_speed
 from mergekit_stf.host.planning.planned import PlannedWeight, plan_weights
 from mergekit_stf.host.planning.preflight import format_bytes, preflight
 from mergekit_stf.host.planning.probe import Probe, probe_models
@@ -109,7 +110,7 @@ def make_plan(recipe: Recipe, out: Path, options: MergeOptions, sample: int = 0)
         checks = preflight(recipe.config, options, folder, Store(Path(scratch) / "store"))
         with suspend_guard():  # the preflight has checked it
             weights = plan_weights(recipe.config, options)
-        estimated = estimate_merge(weights, options, Path(scratch))
+        estimated = estimate_merge(weights, options, measure_file_speed(Path(scratch)))
         probed = probe_models(_sampled(weights, sample)) if sample else None
     return Plan(
         recipe=recipe.source,

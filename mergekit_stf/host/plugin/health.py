@@ -35,8 +35,9 @@ PACKAGES = (
 HOOK_FILES = ("mergekit_stf_autoload.pth", "mergekit_stf_autoload.start")
 SWITCH = "MERGEKIT_STF_AUTOLOAD"
 
-_SIDE = 1024
-_SECONDS = 0.25
+SIDE = 1024
+SECONDS = 0.25
+"""How long a product of square matrices of this side is repeated to measure a device."""
 
 
 class Device(BaseModel):
@@ -94,7 +95,7 @@ def examine_installation() -> Health:
     versions = {name: _version(name) for name in PACKAGES}
     known = registered_names()
     registered = set(methods.names()) <= set(known)
-    autoload, files = _armed_at_start(), [str(path) for path in _hook_files()]
+    autoload, files = is_armed_at_start(), [str(path) for path in _hook_files()]
     return Health(
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
@@ -106,7 +107,7 @@ def examine_installation() -> Health:
         tables=architectures.switched_on(),
         threads=torch.get_num_threads(),
         devices=[_device(name) for name in _device_names()],
-        problems=list(_problems(registered, autoload, files)),
+        problems=list(find_problems(installed_host(), registered, autoload, files)),
         missing=list(_missing()),
     )
 
@@ -126,7 +127,7 @@ def _hook_files() -> Iterator[Path]:
                 yield path
 
 
-def _armed_at_start() -> bool:
+def is_armed_at_start() -> bool:
     """Ask a fresh interpreter: this one has imported us, which arms the hook by itself."""
     question = (
         "import sys; print(any(type(f).__module__ == '_mergekit_stf_autoload' "
@@ -138,8 +139,17 @@ def _armed_at_start() -> bool:
     return answer.stdout.strip() == "True"
 
 
-def _problems(registered: bool, autoload: bool, files: list[str]) -> Iterator[str]:
-    host = installed_host()
+def find_problems(
+    host: str | None, registered: bool, autoload: bool, files: list[str]
+) -> Iterator[str]:
+    """Yield what keeps a merge from working, with the remedy.
+
+    Args:
+        host: the version of mergekit, None where its metadata has none.
+        registered: whether mergekit knows all of our methods.
+        autoload: whether a fresh interpreter arms the hook.
+        files: the start-up files that do so.
+    """
     if host is not None and not is_supported(host):
         yield f"mergekit {host} is installed: pip install 'mergekit{REQUIREMENT}'"
     elif not registered:
@@ -200,14 +210,14 @@ def _processor() -> str:
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return 10⁹ operations per second of a matrix product, over a quarter of a second."""
-    x = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    """Return 10⁹ operations per second of a matrix product."""
+    x = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
     _product(x)
     count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < _SECONDS:
+    while (elapsed := time.perf_counter() - start) < SECONDS:
         _product(x)
         count += 1
-    return count * 2 * _SIDE**3 / elapsed / 1e9
+    return count * 2 * SIDE**3 / elapsed / 1e9
 
 
 def _product(x: torch.Tensor) -> None:
