@@ -13,6 +13,16 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no worker is left alone with a long one at the end.
+
+    ``--no-loadscope-reorder`` keeps this order; xdist's own puts files of few tests last, and those
+    are the long ones.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", params=["single", "sharded"])
 def layout(request: pytest.FixtureRequest) -> str:
     """How the checkpoints of a test are stored, see `tests.host.models.lay_out`."""

@@ -183,6 +183,7 @@ def test_no_block_of_text_stands_in_two_splits(kind: str) -> None:
         assert not parts[first] & parts[second]
 
 
+@pytest.mark.slow
 def test_text_does_not_depend_on_the_hash_seed() -> None:
     code = (
         "import hashlib, itertools; from mergekit_stf.demo.texts import KINDS;"
@@ -253,6 +254,7 @@ def test_force_replaces_nothing_that_no_demo_wrote(tmp_path: Path, name: str) ->
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
 
 
+@pytest.mark.slow
 def test_a_failed_merge_shows_what_mergekit_said(tmp_path: Path) -> None:
     demo_merging.write_recipe(tmp_path, "linear", ("absent",))
     with pytest.raises(STFError, match=r"mergekit-yaml.* ended with 1: .*absent"):

@@ -342,6 +342,7 @@ def test_a_number_of_features_shrinks_with_the_side(
     assert {(job.base.shape, job.options["rank"]) for job in jobs} == {((256, 128), small)}
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_parent_does_not_count() -> None:
     code = "from mergekit_stf.host.diagnostics.memory import peak_rss; print(peak_rss())"
     filler = torch.ones(2**28)

@@ -45,6 +45,7 @@ def test_the_module_is_the_program() -> None:
     assert callable(script.load())
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_is_no_error(recipe: Path) -> None:
     command = [sys.executable, "-m", "mergekit_stf", "plan", str(recipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

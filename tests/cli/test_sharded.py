@@ -88,6 +88,7 @@ def test_adapters_on_a_base_of_several_files(layout: str, tmp_path: Path) -> Non
     assert {file.name for file in record.files} == {path.name for path in base.iterdir()}
 
 
+@pytest.mark.slow
 def test_shards_are_reported_and_merged_again(tmp_path: Path) -> None:
     models = save_family("llama", tmp_path, tasks=2, layout="sharded")
     recipe = write_recipe(tmp_path / "r.yml", models)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,13 +42,8 @@ def test_plan_merge_report_sweep_and_verify(tmp_path: Path) -> None:
     assert report.exit_code == 0, report.output
     assert (out / "stf-report.html").stat().st_size > 100_000
     assert run("verify", out).exit_code == 0
-    again = subprocess.run(
-        [sys.executable, "-c", START, "verify", str(out), "--rebuild"],
-        env=os.environ | {"PYTHONHASHSEED": "4711"},
-        capture_output=True,
-        text=True,
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = run("verify", out, "--rebuild")
+    assert again.exit_code == 0, again.output
     assert "files verified, and merged again to the same bytes\n" in again.stdout
 
     score = f"{sys.executable} -c '{START}' demo --measure {{out}}"

@@ -406,6 +406,7 @@ def test_a_rebuild_with_other_kernels_says_so(
     assert "merged with other kernels (default) than here (ONEDNN_MAX_CPU_ISA=AVX2)" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_report_are_known(root: Path) -> None:
     assert CliRunner().invoke(main, ["report", "out", "--quiet"]).exit_code == 0
     assert len(list((root / "out" / "stf-report").iterdir())) >= 5

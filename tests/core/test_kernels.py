@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["", "AVX2", "COMPATIBLE"])
 def test_every_route_keeps_its_bound(kernels: str) -> None:
     """With MKL's own choice for this processor, and with its kernels for others."""

@@ -371,7 +371,7 @@ def test_a_timestamp_out_of_range(models: Path) -> None:
     assert problems(recipe(models, f"parameters: {{lambda: {date}}}"))
 
 
-MANY = "a," * 90_000 + "a"
+MANY = "a," * 2_000 + "a"
 BOMBS = {
     "key": f"? {'k' * 400_000}\n: [{MANY}]\n",
     "keys": "{" + f"? {'k' * 9000} : {{" * 50 + f"x: [{MANY}]" + "}" * 51,
