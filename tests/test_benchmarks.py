@@ -83,8 +83,8 @@ def test_the_rounding_of_full_copies_is_measured(tmp_path, monkeypatch):
     options = ["--side", "64", "--rank", "2", "--json", str(written)]
     run("lora_rounding", options, monkeypatch)
     rows = json.loads(written.read_text())["rows"]
-    assert [row["bfloat16"] for row in rows] == sorted(row["bfloat16"] for row in rows)
-    assert max(row["factors"] for row in rows) < 1e-6 < min(row["bfloat16"] for row in rows)
+    assert max(row["factors"] for row in rows) < 1e-12
+    assert all(rows[-1][dtype] > 3 * rows[0][dtype] > 0 for dtype in ("float32", "bfloat16"))
 
 
 def test_a_missed_bound_is_an_error_that_loses_no_figure(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from mergekit_stf.host.checkpoints.headers import header_if_any
 from mergekit_stf.host.diagnostics.memory import peak_rss
 from mergekit_stf.host.merging.whole_models import squared_length
 from mergekit_stf.host.planning.calibrate import time_workloads, workload_of
-from mergekit_stf.host.planning.file_speed import FileSpeed
+from mergekit_stf.host.planning.file_speed import SAMPLE, FileSpeed
 from mergekit_stf.host.planning.planned import PlannedWeight
 
 ELEMENTWISE = 6
@@ -111,7 +111,7 @@ def _reading_seconds(weights: Sequence[PlannedWeight]) -> float:
     entries = sum(weight.numel * len(weight.models) for weight in asks)
     if not entries:
         return 0.0
-    sample = torch.ones(_SAMPLE // 8, dtype=torch.bfloat16)
+    sample = torch.ones(SAMPLE // 8, dtype=torch.bfloat16)
     squared_length(sample.float() - sample.float())  # the first call starts threads
     started = time.perf_counter()
     squared_length(sample.float() - sample.float())
