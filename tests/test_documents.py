@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from mergekit_stf.cli.main import COMMANDS
 from mergekit_stf.core import LowRank, Method, TaskMatrices
+from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.plugin.parameters import IGNORED
 from tests.environments import ROOT
 
@@ -65,13 +66,17 @@ def test_every_link_of_a_page_leads_somewhere() -> None:
     assert [link for link in links if link[2] and link[2] not in anchors(link[1])] == []
 
 
-def toy() -> Method:
-    """Return the method that the page on the architecture tells a newcomer to write."""
-    code = re.findall(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL)[0]
-    assert len(code.splitlines()) <= 30
-    module = types.ModuleType("leading_sum")
-    exec(compile(code, "docs/architecture.md", "exec"), module.__dict__)
-    return module.LeadingSum()
+def toy(name: str = "LeadingSum") -> Method:
+    """Return a method that the page on the architecture tells a newcomer to write."""
+    blocks = re.findall(r"```python\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    first, *others = (block for block in blocks if "(Method):" in block)
+    assert len(first.splitlines()) <= 30
+    module = types.ModuleType("toys")
+    imports = "import torch\nfrom mergekit_stf.core.methods.method import ALL_RULES\n"
+    for code in (first, imports, *others):
+        exec(compile(code, "docs/architecture.md", "exec"), module.__dict__)
+    method: Method = getattr(module, name)()
+    return method
 
 
 def leading_sum(matrices: list[np.ndarray], kept: int) -> np.ndarray:
@@ -92,6 +97,16 @@ def test_the_method_of_the_page_on_the_architecture_merges() -> None:
     np.testing.assert_allclose(whole.M.double().numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(factored.M.dense().numpy(), expected, atol=1e-5)
     assert whole.record.kept == factored.record.kept == (3, 3, 3)
+
+
+def test_the_second_method_of_that_page_takes_the_median_of_every_kind() -> None:
+    matrices = [*torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))]
+    median = toy("Median")
+    expected = np.median([M.numpy() for M in matrices], axis=0)
+    found = median.merge(TaskMatrices.of(matrices), {}).M
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert median.elementwise
+    assert set(median.rules.values()) == {MERGE}
 
 
 def test_every_path_of_the_page_on_the_architecture_exists() -> None:
