@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 from safetensors.torch import load_file, save_file
 
-import mergekit_stf
 from mergekit_stf.host.diagnostics import records
 from mergekit_stf.host.run.network import stay_offline
 from tests.cli.merges import run, write_recipe
@@ -153,13 +153,22 @@ def test_a_node_without_a_model_is_refused(
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_node_with_another_version_is_refused(three: Any, recipe: Path, tmp_path: Path) -> None:
-    source = Path(mergekit_stf.__file__).parent
-    other = tmp_path / "other" / "mergekit_stf"
-    shutil.copytree(source, other, ignore=shutil.ignore_patterns("__pycache__"))
-    with (other / "core" / "trim.py").open("a") as file:
-        file.write("\n# a change\n")
-    line = refused(three, recipe, tmp_path / "out", PYTHONPATH=str(other.parent))
-    assert "the source of mergekit-stf is " in line
+    """Its Python finds another version of a library first."""
+    metadata = tmp_path / "other" / "safetensors-99.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: safetensors\nVersion: 99.9\n")
+    line = refused(three, recipe, tmp_path / "out", PYTHONPATH=str(tmp_path / "other"))
+    assert f"safetensors is 99.9 there and {safetensors.__version__} where the merge" in line
+
+
+@pytest.mark.usefixtures("one_thread", "three")
+def test_a_weight_that_no_node_has_memory_for_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergekit_stf.host.executors.jobs.PROCESS", 10**11)
+    done = run("merge", recipe, tmp_path / "out", "--ray", "auto", "--quiet")
+    assert done.exit_code == 1
+    assert "needs 100 GB of memory, and no node of the cluster gives more than 4 GB" in done.output
 
 
 @pytest.mark.usefixtures("one_thread", "three")
@@ -175,13 +184,3 @@ def test_a_wrong_weight_fails_the_merge_by_its_name(models: Checkpoints, tmp_pat
     assert done.exit_code == 1
     assert f"Error: {name}: {broken} has 1 entries that are NaN or infinite" in done.output
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("one_thread", "three")
-def test_a_weight_that_no_node_has_memory_for_is_refused(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mergekit_stf.host.executors.jobs.PROCESS", 10**11)
-    done = run("merge", recipe, tmp_path / "out", "--ray", "auto", "--quiet")
-    assert done.exit_code == 1
-    assert "needs 100 GB of memory, and no node of the cluster gives more than 4 GB" in done.output

@@ -23,6 +23,10 @@ UNHANDLED = "RAY_IGNORE_UNHANDLED_ERRORS"
 """Variable with which Ray does not print the errors of tasks whose answers nobody takes: the first
 error ends a merge, and is said by us."""
 
+NICENESS = "RAY_worker_niceness"
+"""Variable of how far a worker gives way to other programs, which Ray sets to 15: a merge on this
+machine would stand still beside any other that computes."""
+
 OWN_CARDS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 """Variable with which Ray leaves it to a task to choose the card that it was given: a process keeps
 the card that it has used first, and serves tasks with several."""
@@ -152,6 +156,7 @@ def _initialise(address: str) -> None:
     os.environ.setdefault(UNHANDLED, "1")
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if address == "local":
+        os.environ.setdefault(NICENESS, "0")
         ray.init("local", include_dashboard=False, **common)
     else:
         ray.init(address, **common)
