@@ -10,14 +10,14 @@ of the last merge on the cluster then say how long the discrete-event simulation
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from cluster_simulation import reproduced
+from cluster_simulation import CLOSE, reproduced
 from harness import distance, finish, judge, parser, peak_of, shown, spread
 from safetensors.torch import load_file
 from whole_merge import MODEL, make, recipe
@@ -73,28 +73,26 @@ def main() -> None:
                 times[way].append(seconds)
                 peaks[way].append(peak / 1e9)
                 print(f"{way}: {seconds:.1f} s, peak {peak / 1e9:.2f} GB", flush=True)
-        figures = figures_of(given, times, peaks) | {"apart": check(root)}
-        figures |= reproduced(root / "two-workers" / "stf-diagnostics.jsonl", WORKERS)
+        figures = reproduced(root / "two-workers" / "stf-diagnostics.jsonl", WORKERS)
+        figures |= compare(times, peaks) | {"apart": check(root)}
+    if all(getattr(given, name) == size for name, size in MODEL.items()):
+        judge(figures, "time", figures["workers over process"]["median"], "at most", BOUND)
+        judge(figures, "memory", figures["peak more, GB"]["median"], "at most", MEMORY)
+        judge(figures, "simulation", figures["off by"], "at most", CLOSE)
     finish(given, figures)
 
 
-def figures_of(
-    given: argparse.Namespace, times: dict[str, list[float]], peaks: dict[str, list[float]]
-) -> dict[str, object]:
-    """Return the figures of all pairs, judged for the model that the bounds are meant for."""
+def compare(times: dict[str, list[float]], peaks: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the figures of all pairs: times in seconds, the driver's peaks in GB."""
     ratio = spread([b / a for a, b in zip(*times.values(), strict=True)])
     more = spread([b - a for a, b in zip(*peaks.values(), strict=True)])
-    figures: dict[str, object] = {
+    print(f"two workers take {shown(ratio, 'x')} of one process, {shown(more, 'GB')} more")
+    return {
         "time": {way: spread(found) for way, found in times.items()},
         "peak GB": {way: spread(found) for way, found in peaks.items()},
         "workers over process": ratio,
         "peak more, GB": more,
     }
-    print(f"two workers take {shown(ratio, 'x')} of one process, {shown(more, 'GB')} more")
-    if all(getattr(given, name) == size for name, size in MODEL.items()):
-        judge(figures, "workers over process", ratio["median"], "at most", BOUND)
-        judge(figures, "peak more, GB", more["median"], "at most", MEMORY)
-    return figures
 
 
 if __name__ == "__main__":

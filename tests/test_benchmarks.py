@@ -26,6 +26,7 @@ SMALL = {
     "whole_merge": [*LLAMA, "--runs", "1"],
     "safety": [*LLAMA, "--runs", "1"],
     "tools": [*LLAMA, "--runs", "1"],
+    "cluster_simulation": ["--only", "Llama"],
     "removals": ["--tiny", "--only", "pool", "--before", str(ROOT), "--runs", "1"],
     "trimming": ["--sizes", "300", "--runs", "1"],
 }

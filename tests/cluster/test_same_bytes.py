@@ -80,6 +80,18 @@ def test_a_sweep_merges_each_matrix_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("three", "one_thread")
+def test_a_plan_says_how_long_the_cluster_takes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yml", tiny_models(tmp_path / "models"))
+    done = run("plan", recipe, "--ray", "auto", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    times = {int(places): seconds for places, seconds in found["cluster"]["by_places"].items()}
+    assert found["cluster"]["places"] == len(found["cluster"]["nodes"]) == 3
+    assert times[1] == pytest.approx(found["estimate"]["seconds"])
+    assert times[2] >= found["cluster"]["seconds"] >= times[4]
+
+
+@pytest.mark.usefixtures("three", "one_thread")
 def test_a_rebuild_on_the_cluster(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yml", tiny_models(tmp_path / "models"))
     assert run("merge", recipe, tmp_path / "out", "--quiet").exit_code == 0

@@ -84,7 +84,7 @@ class RayExecutor:
     def _checked(self, found: Sequence[Node], merge: Any) -> int:
         """Check all nodes, and return the memory of the smallest card."""
         cards = 1 if self._device.type == "cuda" else 0
-        asked = {"num_cpus": 0, "num_gpus": cards}
+        asked = {"num_cpus": 0, "num_gpus": cards} | _environment(self._device)
         answers = [task_on(node, check_this_node, **asked).remote(merge) for node in found]
         told = gather_answers(answers, found)
         kinds = {name: kind for name, kind, _ in told}
@@ -153,7 +153,7 @@ def _submit(
     """Return what hands a job to Ray."""
     merging = {"max_retries": RETRIES, "max_calls": 0, "num_cpus": threads}
     task = ray.remote(**merging, scheduling_strategy="SPREAD")(merge_on_node)
-    own = {"runtime_env": {"env_vars": {OWN_CARDS: "1"}}} if device.type == "cuda" else {}
+    own = _environment(device)
 
     def submit(job: Job, order: Order) -> Any:
         share = share_of_card(device, job.device_memory(device), card)
@@ -161,6 +161,11 @@ def _submit(
         return task.options(**asked).remote(order, merge)
 
     return submit
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Return what a task asks for besides resources: on cards, to choose its own."""
+    return {"runtime_env": {"env_vars": {OWN_CARDS: "1"}}} if device.type == "cuda" else {}
 
 
 def _check_memory(jobs: Sequence[Job], found: Sequence[Node], device: torch.device) -> None:

@@ -100,7 +100,7 @@ def find_nodes(threads: int, device: torch.device) -> list[Node]:
     for node in ray.nodes():
         resources = node["Resources"]
         cores = int(resources.get("CPU", 0) // threads)
-        places = cores if device.type == "cpu" else int(resources.get("GPU", 0))
+        places = cores if device.type == "cpu" else min(cores, int(resources.get("GPU", 0)))
         if node["Alive"] and places:
             name = named(node["NodeManagerHostname"], node["NodeID"])
             found.append(Node(node["NodeID"], name, places, int(resources.get("memory", 0))))
@@ -118,7 +118,7 @@ def warm_up_nodes(found: Sequence[Node], threads: int) -> None:
             task.remote()
 
 
-def task_on(node: Node, function: Callable[..., Any], **asked: float) -> Any:
+def task_on(node: Node, function: Callable[..., Any], **asked: Any) -> Any:
     """Return a function as a task of one node, which asks for these resources."""
     where = NodeAffinitySchedulingStrategy(node.number, soft=False)
     return ray.remote(function).options(scheduling_strategy=where, **asked)

@@ -35,7 +35,7 @@ def check_this_node(merge: Merge) -> tuple[str, str, int]:
     """
     name = node_name()
     check_node(merge.expected, name, merge.options.transformers_cache)
-    device = torch.device(merge.options.device or "cpu")
+    device = _device(merge.options.device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return name, kind_of_device(device), memory
 
@@ -55,7 +55,9 @@ def named(host: str, number: str) -> str:
 
 
 def _device(asked: str | None) -> torch.device:
+    """Return the device of a task, a card being made that of all that only says ``cuda``."""
     device = torch.device(asked or "cpu")
-    if device.type != "cuda":
-        return device
-    return torch.device("cuda", int(ray.get_gpu_ids()[0]))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+        torch.cuda.set_device(device)
+    return device
