@@ -6,6 +6,10 @@ cluster, two workers and everything that they import. The outputs are compared f
 of the last merge on the cluster then say how long the discrete-event simulation should find it.
 
     python benchmarks/cluster.py --json benchmarks/results/cluster.json
+
+An output of 4 GB, for the driver's memory, without waiting for decompositions:
+
+    python benchmarks/cluster.py --hidden 2048 --inner 8192 --layers 30 --rule sum --runs 1
 """
 
 from __future__ import annotations
@@ -58,6 +62,7 @@ def main() -> None:
     for name, default in MODEL.items():
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--density", type=float, default=0.2)
+    options.add_argument("--rule", default="auto", help="sum decomposes nothing, for large models")
     given = options.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     times: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -65,7 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root, given)
-        recipe(root, "stf", given.density)
+        path = recipe(root, "stf", given.density)
+        path.write_text(path.read_text() + f"parameters: {{rule: {given.rule}}}\n")
         for _ in range(given.runs):
             for way in WAYS:
                 shutil.rmtree(root / way.replace(" ", "-"), ignore_errors=True)

@@ -11,7 +11,9 @@ printed, and the merged model is compared with that of an uninterrupted merge, b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -73,28 +75,38 @@ def write_model(root: Path, name: str, size: dict[str, int], limit: int, seed: i
     blobs.mkdir(parents=True)
     snapshot.mkdir()
     places: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    files: list[dict[str, torch.Tensor]] = []
-    for number, (weight, shape) in enumerate(shapes(size).items()):
-        x = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(number))
-        if seed:
-            generator = torch.Generator().manual_seed(10_000 * seed + number)
-            x += 0.002 * torch.randn(shape, generator=generator)
-        if shard and sum(t.nbytes for t in shard.values()) + 2 * x.numel() > limit:
-            files.append(shard)
-            shard = {}
-        shard[weight] = x.bfloat16()
-    files.append(shard)
-    for number, part in enumerate(files, start=1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(part, blobs / f"{number:064x}", {"format": "pt"})
+    parts, numbers = shards(size, limit), itertools.count()
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {weight: values(shape, next(numbers), seed) for weight, shape in part.items()}
+        save_file(tensors, blobs / f"{number:064x}", {"format": "pt"})
         (snapshot / file).symlink_to(Path("..") / blobs.name / f"{number:064x}")
         places |= dict.fromkeys(part, file)
-    total = sum(t.nbytes for part in files for t in part.values())
+    total = sum(2 * math.prod(shape) for part in parts for shape in part.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     (snapshot / "config.json").write_text(json.dumps(config(size)))
     return snapshot
+
+
+def shards(size: dict[str, int], limit: int) -> list[dict[str, tuple[int, ...]]]:
+    """Share the weights out to files of so many bytes at most."""
+    parts: list[dict[str, tuple[int, ...]]] = [{}]
+    for weight, shape in shapes(size).items():
+        filled = sum(2 * math.prod(other) for other in parts[-1].values())
+        if parts[-1] and filled + 2 * math.prod(shape) > limit:
+            parts.append({})
+        parts[-1][weight] = shape
+    return parts
+
+
+def values(shape: tuple[int, ...], number: int, seed: int) -> torch.Tensor:
+    """Return the weight of that number, of the base for the seed 0, else of a tuned model."""
+    x = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(number))
+    if seed:
+        generator = torch.Generator().manual_seed(10_000 * seed + number)
+        x += 0.002 * torch.randn(shape, generator=generator)
+    return x.bfloat16()
 
 
 def digest(folder: Path) -> str:
