@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
+from tests.cluster import clusters
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -66,6 +67,17 @@ def test_benchmark(name, tmp_path, monkeypatch, capsys):
     run(name, [*SMALL[name], "--json", str(written)], monkeypatch)
     assert json.loads(written.read_text())["machine"]["torch"]
     assert capsys.readouterr().out
+
+
+@clusters.needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cluster", [*LLAMA, "--runs", "1"]), ("cluster_memory", ["--size", "tiny"])],
+)
+def test_benchmarks_of_a_cluster(name, options, monkeypatch, capsys):
+    run(name, options, monkeypatch)
+    assert "two workers" in capsys.readouterr().out
 
 
 @pytest.mark.slow
