@@ -38,7 +38,7 @@ STATE = {
         "_cores": "worker threads, kept between weights",
         "_streams": "worker threads and streams, kept between weights",
     },
-    "host/adapters/patterns.py": {"_compiled": "pure: a pattern by its text"},
+    "host/adapters/patterns.py": {"_compile": "pure: a pattern by its text"},
     "host/architectures/__init__.py": {"_register_once": "our tables are put into the host's once"},
     "host/architectures/all_weights.py": {"_ours": "a merge of ours, or the host's own"},
     "host/architectures/coverage.py": {"_guarding": "whether the host's planner is guarded"},

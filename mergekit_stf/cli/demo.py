@@ -106,10 +106,10 @@ def _table(results: Results) -> Iterator[str]:
         if model == next(iter(METHODS)):
             yield ""
         figures = [*losses.values(), sum(losses.values()) / len(kinds)]
-        yield f"{_described(model, results):<34}" + "".join(f"{x:>10.3f}" for x in figures)
+        yield f"{_describe(model, results):<34}" + "".join(f"{x:>10.3f}" for x in figures)
 
 
-def _described(model: str, results: Results) -> str:
+def _describe(model: str, results: Results) -> str:
     if model not in results.parameters:
         return model if model == "base" else f"{model} specialist"
     given = ", ".join(f"{key} {value}" for key, value in results.parameters[model].items())

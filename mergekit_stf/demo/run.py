@@ -111,7 +111,7 @@ def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Res
         seed=seed,
         settings=dataclasses.asdict(settings),
         parameters=METHODS,
-        bits_per_byte=_measured(paths, settings, advance),
+        bits_per_byte=_measure(paths, settings, advance),
         seconds=seconds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
@@ -133,7 +133,7 @@ def model_losses(path: Path, settings: Settings, split: Split) -> dict[str, floa
         return {kind: bits_per_byte(model, kind, settings, split) for kind in settings.kinds}
 
 
-def _measured(
+def _measure(
     paths: dict[str, Path], settings: Settings, advance: Advance
 ) -> dict[str, dict[str, float]]:
     losses = {}

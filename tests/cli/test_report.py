@@ -145,7 +145,7 @@ def test_stacks_and_fused_projections_are_measured_matrix_by_matrix(
     recipe = write_recipe(tmp_path / "recipe.yml", tiny_models(tmp_path, family), **settings)
     weights = plan_weights(load_recipe(recipe).config, MergeOptions())
     weight = next(weight for weight in weights if weight.name.endswith(name))
-    pieces = weight.pieces(torch.empty(weight.header.shape))
+    pieces = weight.split_tensor(torch.empty(weight.header.shape))
     found = measure_preservation(weight)
     assert len(pieces) == matrices
     kept = parameters.get("rank", 1.0)

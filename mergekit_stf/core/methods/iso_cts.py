@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import LINEAR_ONLY_RULES, Merged, Method, describe
 from mergekit_stf.core.methods.options import CALIBRATE, Option, number
-from mergekit_stf.core.methods.tsv_m import find_triples, orthogonalised
+from mergekit_stf.core.methods.tsv_m import find_triples, orthogonalise
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 LEFT = 1e-6
@@ -85,8 +85,8 @@ class IsoCTS(Method):
         s = torch.cat([f.s for f in found])
         if not s.numel():
             return Merged(total, describe(tasks, total))
-        U = orthogonalised(torch.cat([f.U for f in found], dim=1), SINGULAR)
-        V = orthogonalised(torch.cat([f.Vh for f in found]).mT, SINGULAR)
+        U = orthogonalise(torch.cat([f.U for f in found], dim=1), SINGULAR)
+        V = orthogonalise(torch.cat([f.Vh for f in found]).mT, SINGULAR)
         flat = float(s.sum()) / side
         M = LowRank(flat * U, V.mT) if tasks.factored else (flat * U @ V.mT).to(tasks.dtype)
         return Merged(M, describe(tasks, M), find_triples(U, torch.full_like(s, flat), V))

@@ -50,15 +50,15 @@ class TSVM(Method):
         if not present:
             M = tasks.total()
             return Merged(M, describe(tasks, M))
-        U = orthogonalised(torch.cat([f.U for f in present], dim=1))
-        V = orthogonalised(torch.cat([f.Vh for f in present]).mT)
+        U = orthogonalise(torch.cat([f.U for f in present], dim=1))
+        V = orthogonalise(torch.cat([f.Vh for f in present]).mT)
         s = torch.cat([f.s for f in present])
         M = LowRank(U * s, V.mT) if tasks.factored else (U * s) @ V.mT
         record = describe(tasks, M, features, tasks.cosines())
         return Merged(M, record, find_triples(U, s, V))
 
 
-def orthogonalised(X: Tensor, singular: float = SINGULAR) -> Tensor:
+def orthogonalise(X: Tensor, singular: float = SINGULAR) -> Tensor:
     """Return ``X (XᵀX)^(-1/2)``, the nearest matrix of orthonormal columns where X has full rank.
 
     Args:

@@ -31,7 +31,7 @@ def pattern_problem(pattern: str) -> str | None:
     if math.prod(counts) > REPEATS:
         return f"repeats a part more than {REPEATS} times"
     try:
-        _compiled(pattern)
+        _compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression: {error}"
     return None
@@ -62,9 +62,9 @@ class Matcher:
 
     def _matches(self, pattern: str, module: str) -> bool:
         timeout = max(self._left, 1e-3)
-        return _compiled(pattern).match(module, timeout=timeout) is not None
+        return _compile(pattern).match(module, timeout=timeout) is not None
 
 
 @lru_cache(maxsize=8192)
-def _compiled(pattern: str) -> regex.Pattern[str]:
+def _compile(pattern: str) -> regex.Pattern[str]:
     return regex.compile(rf"(.*\.)?({pattern})$")

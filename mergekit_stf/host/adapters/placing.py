@@ -45,7 +45,9 @@ def place_adapter(
     shapes = {name: planned[stored].header.shape for name, stored in names.items()}
     found = resolve(adapter.shapes, KnownWeights(shapes, names, loader))
     if found is None:
-        raise _unplaced(adapter, sorted(adapter.weights - set(names)) or unknown, loader, base)
+        raise _unplaced_error(
+            adapter, sorted(adapter.weights - set(names)) or unknown, loader, base
+        )
     if found:
         LOG.warning(
             "%s: its names are not the base's: %s", adapter.source, describe_renaming(found)
@@ -66,7 +68,7 @@ def module_name(name: str, stored: str, loader: ParameterNames | None) -> str:
     return next(iter(_parameters(stored, loader)), name)
 
 
-def _unplaced(
+def _unplaced_error(
     adapter: Adapter, unknown: list[str], loader: ParameterNames | None, base: ModelReference
 ) -> STFError:
     some = f"{', '.join(unknown[:3])}{' and others' if len(unknown) > 3 else ''}"

@@ -105,7 +105,7 @@ def _register_once() -> None:
     for file in resources.files(__package__).iterdir():
         if file.name.endswith(".json"):
             table = load_architecture_json(file.read_text(encoding="utf-8"))
-            _put(_rewrite(table, _unchanged))
+            _put(_rewrite(table, _keep))
     for name in BIASED:
         for table in list(NAME_TO_ARCH[name]):
             _put(_rewrite(table, _with_biases))
@@ -145,7 +145,7 @@ def _rewrite(
     return copy
 
 
-def _unchanged(weights: list[WeightInfo]) -> list[WeightInfo]:
+def _keep(weights: list[WeightInfo]) -> list[WeightInfo]:
     return weights
 
 

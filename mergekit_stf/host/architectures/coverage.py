@@ -82,7 +82,7 @@ def lost_weights(inputs: Sequence[Input]) -> dict[ModelReference, list[str]]:
     for one in inputs:
         written = [w for w in one.planned if not w.optional or _owners(w, inputs)]
         if left := one.stored - {name for w in written for name in _names(w)}:
-            lost[one.model] = _needed(left, [w.name for w in written], one.settings)
+            lost[one.model] = _needed_names(left, [w.name for w in written], one.settings)
     return {model: names for model, names in lost.items() if names}
 
 
@@ -182,10 +182,10 @@ def _unfound(weight: WeightInfo, one: Input, inputs: Sequence[Input]) -> bool:
     if any(can_convert_checkpoint_keys(one.settings.model_type, one.stored, n) for n in names):
         return False
     owners = _owners(weight, inputs)
-    return not weight.optional or any(_needed({weight.name}, [], o.settings) for o in owners)
+    return not weight.optional or any(_needed_names({weight.name}, [], o.settings) for o in owners)
 
 
-def _needed(left: set[str], written: Iterable[str], settings: PretrainedConfig) -> list[str]:
+def _needed_names(left: set[str], written: Iterable[str], settings: PretrainedConfig) -> list[str]:
     """Return the names for whose parameters nothing is written."""
     model = hollow_model(settings)
     if model is None:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.host import compat
-from mergekit_stf.host.architectures.loading import ParameterNames, Settings, hollow_model
+from mergekit_stf.host.architectures.loading import HashableConfig, ParameterNames, hollow_model
 
 
 class ExactArchitecture(ModuleArchitecture):
@@ -55,7 +55,7 @@ def weights_of(model: PreTrainedModel) -> list[WeightInfo]:
     spellings = _spellings(model, names)
     axes = _vocabulary_axes(model)
     infos = []
-    for parameter in names.stored():
+    for parameter in names.stored_parameters():
         first, *others = _with_prefix([*spellings[parameter], parameter], model)
         infos.append(
             WeightInfo(
@@ -76,7 +76,7 @@ def without_ties(config: PretrainedConfig) -> PretrainedConfig:
     return untied
 
 
-def _tied(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
+def _tied_names(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInfo]:
     """Return the weights that the model ties to one of these, which a checkpoint may hold too.
 
     Where it holds both, with values of their own, transformers does not tie them.
@@ -95,7 +95,7 @@ def _tied(weights: list[WeightInfo], config: PretrainedConfig) -> list[WeightInf
 
 def _spellings(model: PreTrainedModel, names: ParameterNames) -> dict[str, list[str]]:
     """Return the stored names of each parameter that has one of its own or a share in one."""
-    spellings: dict[str, list[str]] = {parameter: [] for parameter in names.stored()}
+    spellings: dict[str, list[str]] = {parameter: [] for parameter in names.stored_parameters()}
     conversions = compat.get_model_conversion_mapping(model, add_legacy=False)
     plain = [c for c in conversions if not isinstance(c, compat.PrefixChange)]
     for transforms in (plain, conversions):
@@ -128,17 +128,17 @@ def _vocabulary_axes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _split(config: PretrainedConfig) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:
-    return _split_cached(Settings(config.to_json_string(), config))
+    return _split_cached(HashableConfig(config.to_json_string(), config))
 
 
 @lru_cache(maxsize=64)
-def _split_cached(settings: Settings) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:
+def _split_cached(settings: HashableConfig) -> tuple[list[WeightInfo], list[list[WeightInfo]]]:
     """Return the weights outside of the longest stack of layers, and those of its layers."""
     model = hollow_model(settings.config)
     if model is None:
         raise STFError(f"transformers has no class {settings.config.architectures[0]}")
     weights = weights_of(model)
-    weights += _tied(weights, settings.config)
+    weights += _tied_names(weights, settings.config)
     stacks = Counter(prefix for prefix, _ in map(_layer, weights) if prefix is not None)
     (main, _), *_ = stacks.most_common(1) or [("", 0)]
     layers: dict[int, list[WeightInfo]] = {}

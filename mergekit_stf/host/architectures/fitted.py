@@ -15,7 +15,7 @@ from mergekit.architecture import WeightInfo
 from mergekit.architecture.json_definitions import JsonModuleArchitecture
 from transformers import PretrainedConfig
 
-from mergekit_stf.host.architectures.loading import ParameterNames, Settings, hollow_model
+from mergekit_stf.host.architectures.loading import HashableConfig, ParameterNames, hollow_model
 
 LOG = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class FittedArchitecture(JsonModuleArchitecture):
 
         The lists by layer, from which merges are planned, are the same for all configurations.
         """
-        names = _names(Settings(config.to_json_string(), config))
+        names = _names(HashableConfig(config.to_json_string(), config))
         listed: list[WeightInfo] = super().all_weights(config)
         if names is None:
             return listed
@@ -36,7 +36,7 @@ class FittedArchitecture(JsonModuleArchitecture):
 
 
 @lru_cache(maxsize=64)
-def _names(settings: Settings) -> ParameterNames | None:
+def _names(settings: HashableConfig) -> ParameterNames | None:
     """Return the names of a model's parameters, None where transformers cannot build the model."""
     try:
         model = hollow_model(settings.config)

@@ -88,7 +88,7 @@ class ParameterNames:
         """Say whether a stored tensor fills a parameter, and not a buffer or nothing at all."""
         return not self._trained.isdisjoint(self.of(name))
 
-    def trained(self) -> set[str]:
+    def parameters_to_fill(self) -> set[str]:
         """Return the parameters that a checkpoint must fill.
 
         Buffers, tied copies and what the class computes itself are none of them.
@@ -96,7 +96,7 @@ class ParameterNames:
         own = self._trained - self.ties.keys()
         return {name for name in own if not any(p.search(name) for p in self._computed)}
 
-    def stored(self) -> list[str]:
+    def stored_parameters(self) -> list[str]:
         """Return the parameters that a checkpoint holds: all but tied copies."""
         return [name for name in self._parameters if name not in self.ties]
 
@@ -142,7 +142,7 @@ def _embedding_of(model: PreTrainedModel) -> str | None:
 
 
 @dataclass(frozen=True)
-class Settings:
+class HashableConfig:
     """A configuration that compares by its text, for caches."""
 
     text: str
@@ -151,11 +151,11 @@ class Settings:
 
 def parameter_names(config: PretrainedConfig) -> ParameterNames | None:
     """Return the names of the model that a configuration describes, None as `hollow_model`."""
-    return _parameter_names(Settings(config.to_json_string(), config))
+    return _parameter_names(HashableConfig(config.to_json_string(), config))
 
 
 @lru_cache(maxsize=4)
-def _parameter_names(settings: Settings) -> ParameterNames | None:
+def _parameter_names(settings: HashableConfig) -> ParameterNames | None:
     model = hollow_model(settings.config)
     return None if model is None else ParameterNames(model)
 

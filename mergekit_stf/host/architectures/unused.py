@@ -145,7 +145,7 @@ def find_unused(
     left = LoaderCache().get(base).index.tensor_paths.keys() - named
     names = sorted(n for n in left if not COMPUTED.search(n) and not loader.of(n))
     moved = _moves_layers(architecture, config, settings)
-    dropped = set(_renumbered(names, planned)) if moved else set()
+    dropped = set(_find_renumbered(names, planned)) if moved else set()
     merged = [n for n in names if n not in dropped and _mergeable(n, config)]
     return Unused(
         base=str(base),
@@ -205,7 +205,7 @@ def _mergeable(name: str, config: MergeConfiguration) -> bool:
     )
 
 
-def _renumbered(names: Iterable[str], planned: Iterable[WeightInfo]) -> Iterator[str]:
+def _find_renumbered(names: Iterable[str], planned: Iterable[WeightInfo]) -> Iterator[str]:
     """Yield the names of tensors that lie in a stack of layers of the class."""
     stacks = {match[1] for weight in planned if (match := LAYER.match(weight.name))}
     return (name for name in names if (match := LAYER.match(name)) and match[1] in stacks)

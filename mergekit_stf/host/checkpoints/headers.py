@@ -68,7 +68,7 @@ def header_of(load: LoadTensor) -> Header:
     for name in names:
         if name in loader.index.tensor_paths:
             return stored_header(loader, name)
-    converted = _converted(load, loader, names)
+    converted = _convert(load, loader, names)
     if converted is None:
         raise STFError(f"{load.model} has no tensor {load.tensor!r}, which the merge needs")
     return converted
@@ -133,7 +133,7 @@ def _pickled_headers(path: Path) -> dict[str, Header]:
     return {name: Header(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
-def _converted(load: LoadTensor, loader: LazyTensorLoader, names: list[str]) -> Header | None:
+def _convert(load: LoadTensor, loader: LazyTensorLoader, names: list[str]) -> Header | None:
     """Let the host fuse tensors that have shapes and no storage."""
     sources: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(_hollow, loader, name) for name in loader.index.tensor_paths

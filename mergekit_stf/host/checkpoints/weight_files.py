@@ -44,7 +44,7 @@ def weight_files(folder: Path, candidates: Iterable[str] = MODEL) -> dict[str, f
     for name in candidates:
         index = folder / (name + INDEX)
         if index.exists():
-            return _sharded(index, folder / name)
+            return _read_shards(index, folder / name)
         if (folder / name).exists():
             return {name: stored_names(folder / name)}
     if files := sorted(folder.glob("*.gguf")):
@@ -104,7 +104,7 @@ def _pickled_names(path: Path) -> frozenset[str]:
     return frozenset(map(str, tensors))
 
 
-def _sharded(index: Path, single: Path) -> dict[str, frozenset[str]]:
+def _read_shards(index: Path, single: Path) -> dict[str, frozenset[str]]:
     places = _places(index)
     files = {
         name: join_inside(index.parent, name, links=True) for name in sorted({*places.values()})
@@ -145,16 +145,16 @@ def _disagreements(places: Mapping[str, str], names: Mapping[str, frozenset[str]
     """Yield what the index says of the files that is not so, and what it does not say of them."""
     absent = [name for name, file in places.items() if name not in names[file]]
     if absent:
-        yield f"{_listed(absent)}: not in {places[absent[0]]}, where the index has it"
+        yield f"{_list_files(absent)}: not in {places[absent[0]]}, where the index has it"
     for file, held in names.items():
         if unnamed := held - places.keys():
-            yield f"{_listed(unnamed)}: in {file}, and the index does not name it"
+            yield f"{_list_files(unnamed)}: in {file}, and the index does not name it"
         if twice := {name for name in held if places.get(name, file) != file}:
             other = places[min(twice)]
-            yield f"{_listed(twice)}: both in {file} and in {other}, whose values may differ"
+            yield f"{_list_files(twice)}: both in {file} and in {other}, whose values may differ"
 
 
-def _listed(names: Iterable[str]) -> str:
+def _list_files(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - SHOWN} more weights" if len(ordered) > SHOWN else ""
     return printable(", ".join(ordered[:SHOWN])) + more

@@ -91,7 +91,7 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     close_checkpoints()
     base = base_of(local)
     with suspend_guard():
-        planned = _stored(plan_weights(local, options), base)
+        planned = _stored_names(plan_weights(local, options), base)
     names = {name: stored for stored, weight in planned.items() for name in _names(weight)}
     model = hollow_model(base.config(options.trust_remote_code))
     loader = None if model is None else ParameterNames(model)
@@ -100,13 +100,13 @@ def plan_adapters(config: MergeConfiguration, options: MergeOptions) -> AdapterP
     adapters = tuple(use_stored_names(adapter, names) for adapter in placed)
     conv1d = lru_cache(lambda: _conv1d_modules(base, options.trust_remote_code))
     touched = {
-        stored: _touched(planned[stored], stored, module, adapters, conv1d)
+        stored: _find_touched(planned[stored], stored, module, adapters, conv1d)
         for stored, module in modules.items()
     }
     return AdapterPlan(base, adapters, planned, touched)
 
 
-def _stored(planned: list[PlannedWeight], base: ModelReference) -> dict[str, PlannedWeight]:
+def _stored_names(planned: list[PlannedWeight], base: ModelReference) -> dict[str, PlannedWeight]:
     """Map the names in the base's checkpoint to planned weights; a tie has no name of its own."""
     stored = LoaderCache().get(base).index.tensor_paths
     found: dict[str, PlannedWeight] = {}
@@ -121,7 +121,7 @@ def _names(weight: PlannedWeight) -> tuple[str, ...]:
     return (weight.name, *(weight.loads[weight.base].aliases or ()))
 
 
-def _touched(
+def _find_touched(
     weight: PlannedWeight,
     stored: str,
     module: str,
@@ -130,7 +130,7 @@ def _touched(
 ) -> TouchedWeight:
     updates = [a.updates[stored] for a in adapters if stored in a.updates]
     embedding = any(update.embedding for update in updates)
-    transposed = any(_transposed(update, module, weight, conv1d) for update in updates)
+    transposed = any(_is_transposed(update, module, weight, conv1d) for update in updates)
     changes = tuple(
         _change(adapter, stored, weight, transposed) if stored in adapter.weights else None
         for adapter in adapters
@@ -153,7 +153,7 @@ def _change(adapter: Adapter, name: str, weight: PlannedWeight, transposed: bool
     return Change(adapter.source, factors, replaced)
 
 
-def _transposed(
+def _is_transposed(
     update: Update, name: str, weight: PlannedWeight, conv1d: Callable[[], frozenset[str]]
 ) -> bool:
     if update.embedding:

@@ -185,7 +185,7 @@ def copy_base(job: WeightJob) -> WeightResult:
     """
     if not is_unchanged(job):
         check_type(job.name, job.base.dtype)
-        check_finite(job.name, _tuned(job))
+        check_finite(job.name, _tuned_tensors(job))
     base = as_tensor(job.base)
     tensor, notices = copy_weight(job.name, base, job.written_dtype, job.base_model)
     return WeightResult(tensor, notices=(*job.notices, *notices))
@@ -198,7 +198,7 @@ def check_inputs(job: WeightJob) -> None:
         STFError: with the model and the weight.
     """
     check_type(job.name, job.base.dtype)
-    if tuned := _tuned(job):
+    if tuned := _tuned_tensors(job):
         check_finite(job.name, [("base_model", as_tensor(job.base)), *tuned])
 
 
@@ -264,5 +264,5 @@ def record_of(job: WeightJob, merged: Merged) -> Record:
     )
 
 
-def _tuned(job: WeightJob) -> list[tuple[str, Tensor]]:
+def _tuned_tensors(job: WeightJob) -> list[tuple[str, Tensor]]:
     return [(task.label, as_tensor(task.tuned)) for task in job.tasks if task.tuned is not None]

@@ -114,7 +114,7 @@ def check_output(
     return OutputCheck(
         model_class=_model_class(folder),
         tensors=len(written.shapes),
-        parameters=None if names is None else len(names.trained() - faults.keys()),
+        parameters=None if names is None else len(names.parameters_to_fill() - faults.keys()),
         unfilled=faults,
         left_out={reason: collapse_layers(left) for reason, left in left_out.items()},
         infinite=tuple(sorted(infinite)),
@@ -163,7 +163,9 @@ def faults_of(
     if names is None:
         return {}
     filled = {parameter for name in shapes for parameter in names.of(name)}
-    faults = {name: f"no tensor fills {name}" for name in sorted(names.trained() - filled)}
+    faults = {
+        name: f"no tensor fills {name}" for name in sorted(names.parameters_to_fill() - filled)
+    }
     for name, shape in shapes.items():
         wanted = names.shape_of(name)
         if wanted is not None and wanted != shape:

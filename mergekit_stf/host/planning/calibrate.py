@@ -72,7 +72,7 @@ def workload_of(weight: PlannedWeight) -> Workload:
     sides, stack = (weight.numel, 1), 1.0
     if weight.resolved_rule == MERGE and not methods.get(weight.method).elementwise:
         hollow = torch.empty(weight.header.shape, device="meta")
-        shapes = [(max(piece.shape), min(piece.shape)) for piece in weight.pieces(hollow)]
+        shapes = [(max(piece.shape), min(piece.shape)) for piece in weight.split_tensor(hollow)]
         work = [rows * columns**2 for rows, columns in shapes]
         sides, stack = shapes[work.index(max(work))], sum(work) / max(work)
     return Workload(

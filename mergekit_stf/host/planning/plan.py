@@ -111,7 +111,7 @@ def make_plan(recipe: Recipe, out: Path, options: MergeOptions, sample: int = 0)
         with suspend_guard():  # the preflight has checked it
             weights = plan_weights(recipe.config, options)
         estimated = estimate_merge(weights, options, measure_file_speed(Path(scratch)))
-        probed = probe_models(_sampled(weights, sample)) if sample else None
+        probed = probe_models(_choose_sample(weights, sample)) if sample else None
     return Plan(
         recipe=recipe.source,
         models=sorted({str(model) for weight in weights for model in weight.models}),
@@ -139,7 +139,7 @@ def _existing(folder: Path) -> Path:
     return folder if folder.is_dir() else _existing(folder.parent)
 
 
-def _sampled(weights: Sequence[PlannedWeight], count: int) -> list[PlannedWeight]:
+def _choose_sample(weights: Sequence[PlannedWeight], count: int) -> list[PlannedWeight]:
     linear = {weight.name: weight for weight in weights if weight.is_maps}
     return [linear[name] for name in spread(list(linear), count)]
 

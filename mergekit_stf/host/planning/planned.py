@@ -97,13 +97,13 @@ class PlannedWeight:
         worth = is_worth(self.resolved_rule, len(self.header.shape), self.density)
         return self.numel * max(self.dtype.itemsize, torch.float32.itemsize) if worth else 0
 
-    def pieces(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def split_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Take a tensor of this weight apart into the matrices that are merged one by one.
 
         These are the experts of a stack, the maps of a fused projection, or the matrix itself.
         """
         if tensor.ndim == 3:
-            return [piece for expert in tensor for piece in self.pieces(expert)]
+            return [piece for expert in tensor for piece in self.split_tensor(expert)]
         split = parse_split(self.shared["split"])
         if split is None:
             return [tensor]
