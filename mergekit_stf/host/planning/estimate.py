@@ -22,8 +22,9 @@ from mergekit_stf.host.planning.calibrate import time_workloads, workload_of
 from mergekit_stf.host.planning.file_speed import SAMPLE, FileSpeed
 from mergekit_stf.host.planning.planned import PlannedWeight
 
-ELEMENTWISE = 6
-"""Matrices that an elementwise method needs besides the task matrices: base, sum, score, result."""
+ELEMENTWISE = 8
+"""Matrices that the hungriest elementwise method, ``pcb``, needs besides those of the tasks; the
+others need four (measured with two and eight models, 3000 x 3000)."""
 
 
 class Estimate(BaseModel):
