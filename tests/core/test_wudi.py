@@ -256,3 +256,11 @@ def test_without_a_ridge_the_prior_does_not_matter(m, n, seed):
     assert not M[:, n // 2 :].any()
     for prior in PRIORS:
         assert close(merged([A, B], ridge=0.0, prior=prior).M, M, M)
+
+
+@LAW
+@given(m=SIDES, n=SIDES, seed=SEEDS)
+def test_time_does_not_depend_on_the_order_of_tasks(m, n, seed):
+    matrices = tasks_of(seed % 10**6, (m, n), 2)
+    M = merged(matrices, weighting="equal", flow=3.0).M
+    assert close(merged(matrices[::-1], weighting="equal", flow=3.0).M, M, M)

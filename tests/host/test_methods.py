@@ -25,7 +25,7 @@ from tests.host.merging import (
     rules_of,
     state,
 )
-from tests.oracle import trim
+from tests.oracle import superpose, trim
 from tests.subspace_oracles import calibrate, iso_c, iso_cts, knots, tsv_m
 from tests.wudi_oracle import wudi
 
@@ -45,6 +45,11 @@ ORACLES: dict[str, Callable[..., np.ndarray]] = {
     "knots": knots,
     **ELEMENTWISE,
 }
+SUPERPOSED: dict[str, Callable[..., np.ndarray]] = {
+    "stf": lambda matrices, input_axis: superpose(matrices)
+}
+"""Compared without options elsewhere."""
+
 AVERAGED = ("tsv_m", "iso_c", "iso_cts", "knots")
 LAMBDAS = {"consensus_ta": 0.4, "knots": 0.5}
 """Of the methods whose default is not 1."""
@@ -81,6 +86,8 @@ def squared_distances(base: State, tuned: list[State]) -> list[float]:
 def wanted(method: str, model: PreTrainedModel, tuned: list[State], **given: Any) -> State:
     """Return what a method at its default lambda makes of every parameter."""
     base, rules, rows = state(model), rules_of(model), turned(model)
+    oracle = (ORACLES | SUPERPOSED)[method]
+    given.pop("lambda", None)
     density, alpha, found = given.pop("density", 1.0), float(given.pop("calibrate", 0)), {}
     if method == "metagpt":
         given["squares"] = squared_distances(base, tuned)
@@ -93,7 +100,7 @@ def wanted(method: str, model: PreTrainedModel, tuned: list[State], **given: Any
         axis = 0 if name in rows else 1
         own = linear or method in ELEMENTWISE
         merged = [
-            ORACLES[method](matrices, input_axis=axis, **given) if own else sum(matrices)
+            oracle(matrices, input_axis=axis, **given) if own else sum(matrices)
             for matrices in parts
         ]
         if alpha and linear:
@@ -124,6 +131,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("wudi", {"ridge": 0, "weighting": "equal", "inputs": 0.5, "prior": "none"}),
     ("wudi", {"calibrate": True}),
     ("tsv_m", {"calibrate": 0.5}),
+    ("stf", {"calibrate": True, "lambda": 1.0}),
     ("knots", {"keep": 0.3, "calibrate": True}),
     ("iso_cts", {"common": 0.5}),
 )

@@ -78,7 +78,10 @@ def merge_by_ties(matrices: Sequence[Tensor]) -> Tensor:
     Args:
         matrices: of one shape, at least one.
     """
-    sign = torch.stack(list(matrices)).sum(dim=0).sign_()
+    sign = torch.zeros_like(matrices[0])
+    for M in matrices:
+        sign += M
+    sign.sign_()
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for M in matrices:
         agrees = M * sign > 0
