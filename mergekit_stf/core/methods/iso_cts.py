@@ -1,7 +1,7 @@
 """Iso-CTS: common and task-specific directions, made orthogonal, with one singular value for all.
 
 *No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces*, ICML 2025,
-arXiv 2502.04959, section 5 and algorithm 2.
+arXiv 2502.04959, section 4 and algorithm 2.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """KnOTS: task matrices are written in one basis of outputs, and merged there by TIES.
 
-*Model Merging with SVD to Tie the KnOTS*, ICLR 2025, arXiv 2410.19735, section 4. TIES is
+*Model Merging with SVD to Tie the KnOTS*, ICLR 2025, arXiv 2410.19735. TIES is
 *Resolving Interference When Merging Models*, NeurIPS 2023, arXiv 2306.01708, algorithm 1.
 """
 
@@ -49,7 +49,7 @@ class KnOTS(Method):
 
     name = "knots"
     title = "KnOTS-TIES"
-    reference = "Model Merging with SVD to Tie the KnOTS, ICLR 2025, arXiv 2410.19735, section 4"
+    reference = "Model Merging with SVD to Tie the KnOTS, ICLR 2025, arXiv 2410.19735"
     url = "https://arxiv.org/abs/2410.19735"
     options = (KEEP, CALIBRATE)
     default_lambda = 0.5
