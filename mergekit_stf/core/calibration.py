@@ -39,9 +39,9 @@ def calibrate(merged: Merged, tasks: TaskMatrices, alpha: float) -> Merged:
     of a task is ``c_i = ⟨a, a_i⟩ / |a_i|²`` times that response (equation 8): above 1, it is
     overstated. The singular value becomes ``s_r T / Σ_i max(alpha, c_i)``; vectors stay.
 
-    With ``alpha`` 1, the default of the authors' program, values are only reduced, and tasks with
-    orthogonal rows or columns are left as they are. Below 1, the singular values of M may grow, by
-    ``1 / alpha`` at most: the authors' script has ``1 / T`` for all methods but TSV-M, which gets 1.
+    With ``alpha`` 1, the default of the authors' program, values are only reduced, and the sum of
+    tasks with orthogonal inputs is left as it is. Below 1, the singular values of M may grow, by
+    ``1 / alpha`` at most: the authors' script has ``1 / T`` for all methods but TSV-M, with 1.
     Ours differs in two points. ``alpha`` and the calibration come before ``lambda``. A response
     below the square root of the type's rounding, relative to the task matrix, counts as none
     (``c_i = 0``): the error of ``c_i`` would be as large as ``c_i``; the authors' code has an

@@ -122,6 +122,14 @@ def test_tasks_with_inputs_and_outputs_of_their_own_are_left_as_they_are(half, s
 
 
 @LAW
+@given(m=SIDES, half=st.integers(1, 12), seed=SEEDS)
+def test_the_sum_of_tasks_with_inputs_of_their_own_is_left_as_it_is(m, half, seed):
+    V = torch.linalg.qr(draw(seed, 2 * half, 2 * half).double()).Q
+    A, B = (draw(seed + i, m, half).double() @ V[:, i::2].mT for i in range(2))
+    assert close(of_sum([A, B]).M, A + B, A + B)
+
+
+@LAW
 @given(m=SIDES, n=SIDES, seed=SEEDS)
 def test_a_task_and_its_negation_stay_nothing(m, n, seed):
     A = draw(seed, m, n)
