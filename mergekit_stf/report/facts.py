@@ -94,8 +94,11 @@ def common_models(records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def linear_maps(records: Sequence[Record]) -> list[Record]:
-    """Return the records that tell of task matrices."""
-    return [record for record in records if record.norms]
+    """Return the records that tell of task matrices.
+
+    Vectors, which methods that go entry by entry merge too, are none: few entries are soon alike.
+    """
+    return [record for record in records if record.norms and len(record.shape) > 1]
 
 
 def _of(records: Sequence[Record], models: tuple[str, ...]) -> list[Record]:

@@ -15,6 +15,7 @@ from mergekit_stf.cli.main import main
 from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.merging.job import Task, WeightJob, merge_weight
 from mergekit_stf.host.merging.split import parse_split
+from mergekit_stf.report.facts import linear_maps
 from tests import oracle
 from tests.elementwise_oracles import consensus_ta, localize_stitch, pcb
 from tests.host import peft_adapters as made
@@ -58,6 +59,18 @@ def test_what_is_no_linear_map_is_merged_whole(method: str, shape: tuple[int, ..
     torch.testing.assert_close(result.tensor.double(), wanted(method, *tuned), atol=1e-8, rtol=1e-5)
     assert result.record is not None
     assert result.record.rule == "merge"
+
+
+@METHODS
+def test_reports_compare_models_by_their_matrices(method: str) -> None:
+    shapes = {Kind.LINEAR: (30, 20), Kind.NORMALISATION: (50,)}
+    results = [
+        merge_weight(job_of(method, kind, [draw(1, *shape), draw(2, *shape)]))
+        for kind, shape in shapes.items()
+    ]
+    records = [result.record for result in results if result.record is not None]
+    assert [len(record.norms) for record in records] == [2, 2]
+    assert linear_maps(records) == records[:1]
 
 
 @METHODS
