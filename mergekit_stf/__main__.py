@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -9,6 +10,9 @@ import sys
 
 def run() -> None:
     """Run the command line, without a traceback when it is interrupted or nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # λ in a code page of Windows
     try:
         from mergekit_stf.cli.common.errors import UNREAD
         from mergekit_stf.cli.main import main

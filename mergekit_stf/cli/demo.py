@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from mergekit_stf.demo.run import MARK, Results, clear, model_losses, run_demo, 
 from mergekit_stf.demo.training import Settings
 from mergekit_stf.host.outputs.out_folder import out_folder
 from mergekit_stf.host.run.signals import add_note
+
+BAR, REST, WIDTH = "█", "░", 32
+"""The bars of the picture."""
 
 
 @click.command("demo")
@@ -36,9 +40,9 @@ def command(directory: Path, seed: int, quick: bool, measure: Path | None, force
 
     Trains a byte-level Llama on text that this Python installation carries, fine-tunes one
     specialist a kind of text, writes all of them as Hugging Face checkpoints into DIRECTORY
-    (stf-demo unless given), merges them through mergekit-yaml with linear, task_arithmetic, ties
-    and stf, and measures every model on held-out text. Downloads nothing, takes under three
-    minutes on two cores, and the same seed on the same machine gives the same figures.
+    (stf-demo unless given), merges them through mergekit-yaml with linear, task_arithmetic, ties,
+    stf and wudi, and measures every model on held-out text. Downloads nothing, takes about a minute
+    on two cores, and the same seed on the same machine gives the same figures.
 
     \b
     Example:
@@ -55,19 +59,57 @@ def command(directory: Path, seed: int, quick: bool, measure: Path | None, force
             echo(f"{kind} {loss:.4f}")
         return
     _prepare(directory, force)
+    for line in _introduction(settings):
+        echo(line)
     try:
-        with tqdm(total=total_steps(settings), unit="step", dynamic_ncols=True) as bar:
-
-            def advance(label: str, steps: int) -> None:
-                bar.set_description(label, refresh=steps == 0)
-                bar.update(steps)
-
-            results = run_demo(directory, settings, seed, advance)
+        with ProgressLine(total_steps(settings)) as progress:
+            results = run_demo(directory, settings, seed, progress.advance)
     except (KeyboardInterrupt, Terminated) as error:
         add_note(error, _state(directory))
         raise
-    for line in (*_table(results), "", *_verdict(results), "", *_next_steps(directory)):
+    lines = (*_table(results), "", *_picture(results), "", *_verdict(results), "")
+    for line in (*lines, *_next_steps(directory)):
         echo(line)
+
+
+def _introduction(settings: Settings) -> Iterator[str]:
+    kinds = ", ".join(settings.kinds)
+    yield f"A tiny language model is tuned on {len(settings.kinds)} kinds of text, one copy each:"
+    yield f"{kinds}. The copies are merged into one model by {len(METHODS)} methods, through"
+    yield "mergekit-yaml. Shown is how well each model predicts text that none has seen. The text"
+    yield "comes from this Python, nothing is downloaded. It takes about a minute on two cores."
+    yield ""
+
+
+class ProgressLine:
+    """One line on the standard error stream: a bar, or where that is no terminal, names.
+
+    Args:
+        total: steps of the whole work.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._shown = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, disable=not self._shown)
+        self._label = ""
+
+    def __enter__(self) -> ProgressLine:
+        """Begin the line."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the line."""
+        self._bar.close()
+        if self._label and not self._shown:
+            click.echo("", err=True)
+
+    def advance(self, label: str, steps: int) -> None:
+        """Show what is being done, and that so many steps of it were just done."""
+        if label != self._label and not self._shown:
+            click.echo(f", {label}" if self._label else label, err=True, nl=False)
+        self._bar.set_description(label, refresh=label != self._label)
+        self._label = label
+        self._bar.update(steps)
 
 
 def _prepare(directory: Path, force: bool) -> None:
@@ -109,6 +151,15 @@ def _table(results: Results) -> Iterator[str]:
         yield f"{_describe(model, results):<34}" + "".join(f"{x:>10.3f}" for x in figures)
 
 
+def _picture(results: Results) -> Iterator[str]:
+    """Draw how much of the specialists' gains each merge keeps."""
+    yield "What one merged model keeps of what the specialists gained, each on its own text"
+    yield ""
+    for method, share in results.kept_gains().items():
+        bar = BAR * round(WIDTH * min(max(share, 0.0), 1.0))
+        yield f"{_describe(method, results):<34}{bar:{REST}<{WIDTH}} {share:>4.0%}"
+
+
 def _describe(model: str, results: Results) -> str:
     if model not in results.parameters:
         return model if model == "base" else f"{model} specialist"
@@ -124,7 +175,7 @@ def _verdict(results: Results) -> Iterator[str]:
         yield "Each specialist is the best unmerged model on its own text."
     means = {m: sum(results.bits_per_byte[m].values()) for m in METHODS}
     yield f"Merges from best to worst mean: {', '.join(sorted(means, key=means.__getitem__))}."
-    spent = sum(results.seconds.values())
+    spent = results.seconds["whole"]
     yield f"{spent:.0f} s, of which {results.seconds['training']:.0f} s of training."
 
 

@@ -1,12 +1,12 @@
-"""Write one recipe a method and merge it through the real ``mergekit-yaml``."""
+"""Write one recipe a method and merge them through the real ``mergekit-yaml``."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"lambda": 0.4},
     "ties": {"lambda": 1.0, "density": 0.2},
     "stf": {"lambda": 1.0, "density": 0.2},
+    "wudi": {},
 }
 """The methods of the demo in the order of its table, each with its global parameters.
 
-``lambda`` is each method's best on validation text, at density 0.2 where a method trims.
+``lambda`` is each method's best on validation text, at density 0.2 where a method trims; ``wudi``
+is as it comes.
 """
 
 
@@ -52,33 +54,51 @@ def write_recipe(root: Path, method: str, kinds: tuple[str, ...]) -> Path:
     return path
 
 
-def mergekit_yaml() -> list[str]:
-    """Return the start of a command line that runs this environment's ``mergekit-yaml``."""
-    beside = shutil.which("mergekit-yaml", path=sysconfig.get_path("scripts"))
-    found = beside or shutil.which("mergekit-yaml")
-    return [found] if found else [sys.executable, "-m", "mergekit.scripts.run_yaml"]
+class MergekitYaml:
+    """``mergekit-yaml`` at work on recipes of the demo, in a process beside this one.
 
-
-def run_mergekit_yaml(root: Path, method: str) -> Path:
-    """Merge ``recipes/METHOD.yml`` to ``merged/METHOD``, which appears whole or not at all.
-
-    Raises:
-        STFError: the command failed; the message ends with what it printed last.
+    Args:
+        root: the demo's directory; ``recipes/METHOD.yml`` is merged to ``merged/METHOD``, which
+            appears whole or not at all.
+        methods: whose recipes to merge, one after another.
     """
-    partial = root / "merged" / f"{method}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    command = [*mergekit_yaml(), f"recipes/{method}.yml", str(partial.relative_to(root)), "--quiet"]
-    run = subprocess.run(
-        command,
-        cwd=root,
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode:
-        end = " / ".join((run.stderr or run.stdout).strip().splitlines()[-3:])
-        raise STFError(f"`{' '.join(command)}` in {root} ended with {run.returncode}: {end}")
-    merged = root / "merged" / method
-    os.replace(partial, merged)
-    return merged
+
+    def __init__(self, root: Path, methods: Sequence[str]) -> None:
+        self.root = root
+        self.methods = list(methods)
+
+    def __enter__(self) -> MergekitYaml:
+        """Start the process."""
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mergekit_stf.demo.console", *self.methods],
+            cwd=self.root,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            encoding="utf-8",
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the process, if it is still at work."""
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def finished(self) -> Iterator[tuple[str, float]]:
+        """Yield each method when its merge is complete, and its seconds.
+
+        Raises:
+            STFError: a merge failed; the message ends with what was printed last.
+        """
+        left = list(self.methods)
+        for line in self._process.stdout or ():
+            method, seconds = line.split()
+            left.remove(method)
+            yield method, float(seconds)
+        if code := self._process.wait():
+            self._said.seek(0)
+            end = " / ".join(self._said.read().strip().splitlines()[-3:])
+            command = f"mergekit-yaml recipes/{left[0]}.yml"
+            raise STFError(f"`{command}` in {self.root} ended with {code}: {end}")

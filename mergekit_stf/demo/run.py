@@ -17,15 +17,15 @@ from pydantic import BaseModel
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.demo.corpus import Split
-from mergekit_stf.demo.merging import METHODS, run_mergekit_yaml, write_recipe
+from mergekit_stf.demo.merging import METHODS, MergekitYaml, write_recipe
 from mergekit_stf.demo.models import build_models, load_model
 from mergekit_stf.demo.training import Advance, Settings, bits_per_byte, torch_threads
 
 MARK = ".mergekit-stf-demo"
 """The name of an empty file by which a directory is known to be a demo's."""
-MERGE_STEPS = 60
+MERGE_STEPS = 10
 """Optimiser steps that take about as long as one merge, for the progress bar."""
-MEASURE_STEPS = 5
+MEASURE_STEPS = 10
 """The same for measuring one model."""
 
 
@@ -37,7 +37,8 @@ class Results(BaseModel):
         settings: of sizes and training.
         parameters: of the merges, by method.
         bits_per_byte: held-out loss by model and kind of text.
-        seconds: spent on training, and on each merge as a separate process.
+        seconds: spent on training, on each merge by ``mergekit-yaml`` after its imports, and on
+            the whole.
         versions: of the packages that the figures depend on.
     """
 
@@ -47,6 +48,20 @@ class Results(BaseModel):
     bits_per_byte: dict[str, dict[str, float]]
     seconds: dict[str, float]
     versions: dict[str, str]
+
+    def kept_gains(self) -> dict[str, float]:
+        """Return the share of the specialists' gains that each merge keeps, mean over the kinds.
+
+        The gain on a kind of text is what its specialist predicts it better than the base, in bits;
+        the base keeps 0, and a model as good as each specialist on its text keeps 1.
+        """
+        losses, kinds = self.bits_per_byte, list(self.settings["kinds"])
+
+        def share(method: str, kind: str) -> float:
+            gain = losses["base"][kind] - losses[kind][kind]
+            return (losses["base"][kind] - losses[method][kind]) / gain
+
+        return {m: sum(share(m, kind) for kind in kinds) / len(kinds) for m in self.parameters}
 
     def beaten_specialists(self) -> list[str]:
         """Return the kinds whose specialist is not the best unmerged model on its own text."""
@@ -99,19 +114,26 @@ def run_demo(root: Path, settings: Settings, seed: int, advance: Advance) -> Res
         STFError: this Python does not carry the text, or ``mergekit-yaml`` failed.
     """
     seconds: dict[str, float] = {}
+    start = time.perf_counter()
     with _timed(seconds, "training"):
         paths = build_models(root / "models", settings, seed, advance)
     for method in METHODS:
-        advance(method, 0)
         write_recipe(root, method, settings.kinds)
-        with _timed(seconds, method):
-            paths[method] = run_mergekit_yaml(root, method)
-        advance(method, MERGE_STEPS)
+    losses = {}
+    with MergekitYaml(root, list(METHODS)) as merging:
+        for name, path in paths.items():
+            losses[name] = model_losses(path, settings, "test")
+            advance("measuring", MEASURE_STEPS)
+        advance("merging", 0)
+        for method, seconds[method] in merging.finished():
+            losses[method] = model_losses(root / "merged" / method, settings, "test")
+            advance("merging", MERGE_STEPS + MEASURE_STEPS)
+    seconds["whole"] = round(time.perf_counter() - start, 2)
     results = Results(
         seed=seed,
         settings=dataclasses.asdict(settings),
         parameters=METHODS,
-        bits_per_byte=_measure(paths, settings, advance),
+        bits_per_byte=losses,
         seconds=seconds,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
@@ -131,14 +153,3 @@ def model_losses(path: Path, settings: Settings, split: Split) -> dict[str, floa
     model = load_model(path)
     with torch_threads(settings.threads):
         return {kind: bits_per_byte(model, kind, settings, split) for kind in settings.kinds}
-
-
-def _measure(
-    paths: dict[str, Path], settings: Settings, advance: Advance
-) -> dict[str, dict[str, float]]:
-    losses = {}
-    for name, path in paths.items():
-        advance("measuring", 0)
-        losses[name] = model_losses(path, settings, "test")
-        advance("measuring", MEASURE_STEPS)
-    return losses

@@ -46,8 +46,8 @@ class Settings:
     heads: int = 4
     context: int = 128
     batch: int = 16
-    base_steps: int = 500
-    specialist_steps: int = 100
+    base_steps: int = 300
+    specialist_steps: int = 60
     base_rate: float = 6e-3
     specialist_rate: float = 6e-4
     windows: int = 96

@@ -76,7 +76,15 @@ def test_every_printed_loss_is_the_loss_of_the_checkpoint(finished: tuple[Path, 
         for line in result.stdout.splitlines()
         if re.search(r"(\d+\.\d{3}\s*){4}$", line)
     }
-    assert list(rows) == ["base", *KINDS_OF_DEMO, "linear", "task_arithmetic", "ties", "stf"]
+    assert list(rows) == [
+        "base",
+        *KINDS_OF_DEMO,
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "stf",
+        "wudi",
+    ]
     for name, printed in rows.items():
         folder = "merged" if name in demo_merging.METHODS else "models"
         expected = losses_in_float64(root / folder / name, Settings.tiny())
@@ -107,8 +115,26 @@ def test_specialists_win_on_their_own_text(finished: tuple[Path, Result]) -> Non
         others = [losses[name][kind] for name in ("base", *KINDS_OF_DEMO) if name != kind]
         assert losses[kind][kind] < min(others)
     assert "Each specialist is the best unmerged model on its own text." in result.stdout
-    assert "stf: 100%" not in result.stderr
-    assert "measuring: 100%" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_picture_is_of_the_figures_and_progress_is_one_line(
+    finished: tuple[Path, Result],
+) -> None:
+    root, result = finished
+    losses = json.loads((root / "results.json").read_text())["bits_per_byte"]
+    bars = dict(re.findall(r"^(\w+)[^█\n]*(█*)░* +-?\d+%$", result.stdout, re.MULTILINE))
+    assert list(bars) == list(demo_merging.METHODS)
+    for method, bar in bars.items():
+        shares = [
+            (losses["base"][kind] - losses[method][kind])
+            / (losses["base"][kind] - losses[kind][kind])
+            for kind in KINDS_OF_DEMO
+        ]
+        assert abs(len(bar) - 32 * sum(shares) / 3) <= 0.51
+    (line,) = (line for line in result.stderr.splitlines() if "prose" in line)
+    assert line == "base, python, prose, unicode, measuring, merging"
+    assert result.stdout.startswith("A tiny language model is tuned on 3 kinds of text")
 
 
 @pytest.mark.slow
@@ -136,7 +162,7 @@ def test_names_files_that_exist_and_recipes_that_run_from_the_directory(
     assert all(Path(path).exists() for path in named)
     assert not list(root.glob("**/*.partial"))
     again = subprocess.run(
-        [*demo_merging.mergekit_yaml(), "recipes/stf.yml", "merged/again", "--quiet"],
+        [sys.executable, "-m", "mergekit.scripts.run_yaml", "recipes/stf.yml", "merged/again"],
         cwd=root, capture_output=True, text=True, env={**os.environ, **demo_merging.ENVIRONMENT},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
@@ -221,7 +247,7 @@ def test_refuses_a_directory_with_files(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def stopped_while_merging(root: Path, method: str) -> Path:
+def stopped_while_merging(root: Path, methods: list[str]) -> None:
     raise KeyboardInterrupt
 
 
@@ -232,7 +258,7 @@ def test_interrupt_says_what_is_complete_and_force_keeps_other_files(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     monkeypatch.setattr(demo.Settings, "tiny", lambda: SHORT)
-    monkeypatch.setattr(demo_run, "run_mergekit_yaml", stopped_while_merging)
+    monkeypatch.setattr(demo_run, "MergekitYaml", stopped_while_merging)
     for _ in range(2):
         result = CliRunner().invoke(main, ["demo", str(tmp_path), "--quick", "--force"])
         assert result.exit_code == INTERRUPTED
@@ -257,8 +283,10 @@ def test_force_replaces_nothing_that_no_demo_wrote(tmp_path: Path, name: str) ->
 @pytest.mark.slow
 def test_a_failed_merge_shows_what_mergekit_said(tmp_path: Path) -> None:
     demo_merging.write_recipe(tmp_path, "linear", ("absent",))
-    with pytest.raises(STFError, match=r"mergekit-yaml.* ended with 1: .*absent"):
-        demo_merging.run_mergekit_yaml(tmp_path, "linear")
+    said = r"mergekit-yaml recipes/linear.* ended with 1: .*absent"
+    merging = demo_merging.MergekitYaml(tmp_path, ["linear"])
+    with merging, pytest.raises(STFError, match=said):
+        list(merging.finished())
     assert not (tmp_path / "merged" / "linear").exists()
 
 

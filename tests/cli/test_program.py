@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_the_module_is_the_program() -> None:
     assert done.stdout == f"mergekit-stf, version {__version__}\n"
     (script,) = entry_points(group="console_scripts", name="mergekit-stf")
     assert callable(script.load())
+
+
+@pytest.mark.slow
+def test_a_terminal_without_our_letters_gets_their_codes(recipe: Path) -> None:
+    command = [sys.executable, "-m", "mergekit_stf", "plan", str(recipe)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "8 \\xd7 " in done.stdout
 
 
 @pytest.mark.slow
