@@ -8,13 +8,27 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
+import mergekit_stf
+
 ROOT = Path(__file__).parent.parent
+"""The repository, or what an sdist carries of it."""
+PACKAGE = Path(mergekit_stf.__file__).parent
+"""The package that is tested: the repository's, or an installed one where no source lies."""
+SOURCE = (ROOT / "mergekit_stf").is_dir()
+"""Whether the package's source lies beside the tests."""
 LIBRARIES = "zz_libraries.pth"
 STARTUP = ("_mergekit_stf_autoload.py", "mergekit_stf_autoload.pth", "mergekit_stf_autoload.start")
 
 
 def build_wheel(into: Path) -> Path:
-    """Build the wheel as ``pip install .`` does, with the build backend that is installed."""
+    """Build the wheel as ``pip install .`` does, with the build backend that is installed.
+
+    Where a wheel is tested that has been built already, it is that one.
+    """
+    if built := os.environ.get("MERGEKIT_STF_WHEEL"):
+        return Path(built)
     flags = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(into))
     run([sys.executable, "-m", "pip", "wheel", "--quiet", *flags, str(ROOT)])
     return next(into.glob("*.whl"))
@@ -22,6 +36,8 @@ def build_wheel(into: Path) -> Path:
 
 def build_editable(into: Path) -> Path:
     """Build the wheel that ``pip install -e .`` puts into an environment (PEP 660)."""
+    if not SOURCE:
+        pytest.skip("there is no source to install from")
     code = "import sys; from hatchling.build import build_editable as b; print(b(sys.argv[1]))"
     return into / run([sys.executable, "-c", code, str(into)], cwd=ROOT).stdout.split()[-1]
 

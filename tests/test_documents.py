@@ -17,7 +17,7 @@ from mergekit_stf.cli.main import COMMANDS
 from mergekit_stf.core import LowRank, Method, TaskMatrices
 from mergekit_stf.core.methods.method import MERGE
 from mergekit_stf.host.plugin.parameters import IGNORED
-from tests.environments import ROOT
+from tests.environments import PACKAGE, ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
@@ -30,7 +30,7 @@ def test_the_readme_has_two_commands_and_ci_runs_the_second() -> None:
     assert '".[report]" && mergekit-stf demo' in blocks[0]  # for what the demo tells to try next
     install, test = blocks[1].splitlines()[1].split(" && ")
     assert install.startswith("pip install -c constraints.txt ")
-    lines = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()]
     assert install in lines
     assert lines[-1].startswith(test)
 
@@ -113,9 +113,10 @@ def test_every_path_of_the_page_on_the_architecture_exists() -> None:
     named = set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", ARCHITECTURE))
     roots = (
         ROOT,
-        ROOT / "mergekit_stf",
-        ROOT / "mergekit_stf" / "host",
-        ROOT / "mergekit_stf" / "core",
+        PACKAGE.parent,
+        PACKAGE,
+        PACKAGE / "host",
+        PACKAGE / "core",
     )
     made = {"mergekit_stf/core/methods/leading_sum.py", "cli/NAME.py"}
     assert len(named) > 20

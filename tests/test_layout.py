@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.environments import ROOT
+from tests.environments import PACKAGE
 
-PACKAGE = ROOT / "mergekit_stf"
 LAYERS = {"core": 0, "host": 1, "demo": 2, "report": 2, "sweep": 2, "cli": 3}
 """Each may import what lies lower, and itself; ``sweep`` draws with ``report`` besides."""
 BESIDE = {("sweep", "report")}
@@ -75,7 +74,7 @@ def modules(*folders: str) -> Iterator[tuple[str, ast.Module]]:
 
 def imported(path: Path) -> Iterator[str]:
     """Yield the full name of every module that a file imports, at its top or inside a function."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -254,7 +253,7 @@ def test_the_package_itself_imports_the_hook_alone() -> None:
 def test_no_folder_holds_many_modules() -> None:
     folders = [path for path in (PACKAGE, *PACKAGE.rglob("*")) if path.is_dir()]
     counts = {
-        str(folder.relative_to(ROOT)): len([*folder.glob("*.py")])
+        str(folder.relative_to(PACKAGE.parent)): len([*folder.glob("*.py")])
         - (folder / "__init__.py").exists()
         for folder in folders
     }

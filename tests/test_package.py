@@ -11,7 +11,14 @@ import pytest
 
 from mergekit_stf import __version__
 from mergekit_stf.host.plugin.autoload import REQUIREMENT, is_supported
-from tests.environments import ROOT, STARTUP, Environment, attempt, build_editable
+from tests.environments import (
+    PACKAGE,
+    ROOT,
+    STARTUP,
+    Environment,
+    attempt,
+    build_editable,
+)
 from tests.host.models import save_family
 
 if sys.version_info >= (3, 11):
@@ -47,7 +54,7 @@ def test_the_wheel_holds_the_package_and_the_start_up_files(wheel: Path) -> None
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"mergekit_stf", f"mergekit_stf-{__version__}.dist-info", *STARTUP}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mergekit_stf").rglob("*.*")}
+    package = {path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.*")}
     assert {name for name in package if "__pycache__" not in name} <= set(names)
 
 

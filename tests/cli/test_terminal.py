@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mergekit_stf.cli.common.terminal import EscapingStream, echo, echo_json, escape_streams
 from tests import processes
 from tests.cli.merges import run, tiny_models, write_recipe
-from tests.environments import ROOT
+from tests.environments import PACKAGE
 from tests.host import peft_adapters as peft
 
 HOSTILE = "\x1b]0;own\x07\x9b31m\u202e"
@@ -240,7 +240,7 @@ def test_the_streams_come_back() -> None:
 
 
 def test_commands_print_in_one_place() -> None:
-    package = ROOT / "mergekit_stf" / "cli"
+    package = PACKAGE / "cli"
     for path in sorted(set(package.rglob("*.py")) - {package / "common" / "terminal.py"}):
         text = path.read_text(encoding="utf-8")
         assert "click.echo" not in text, path
