@@ -41,41 +41,56 @@ SIZES = {
 }
 
 
+CALIBRATION = 1.0
+SWUDI = {"prior": "sum", "ridge": 0.0, "flow": 300.0, "leading": 0.85}
+TACT = {"inputs": 0.5, "prior": "none", "ridge": 0.0}
+
+
+FIRST = ("wudi", "tsv_m", "iso_c", "stf")
+"""Ours that are measured first, and in every case."""
+
+
 def candidates() -> list[Candidate]:
-    """Return every method of ours and the host's that adds task vectors."""
-    ours = [Candidate(name, name) for name in methods.names() if name != "lead"]
+    """Return every method of ours, and the host's that add task vectors, the main ones first."""
+    ours = {name: Candidate(name, name) for name in methods.names() if name != "lead"}
     return [
-        *sorted(ours, key=lambda each: each.method not in ("wudi", "tsv_m", "iso_c", "stf")),
-        Candidate("stf, density 0.2", "stf", density=0.2),
+        *(ours.pop(name) for name in FIRST),
         Candidate("linear", "task_arithmetic", {"normalize": True}, scales=()),
         Candidate("task_arithmetic", "task_arithmetic"),
         Candidate("ties, density 0.2", "ties", density=0.2),
+        Candidate("stf, density 0.2", "stf", density=0.2),
+        *ours.values(),
         Candidate("ties, density 0.5", "ties", density=0.5),
         Candidate("ties", "ties"),
         Candidate("dare_ties, density 0.5", "dare_ties", density=0.5),
+        *(Candidate(f"{name}, calibrated", name, {"calibrate": CALIBRATION}) for name in FIRST),
+        Candidate("wudi as SWUDI", "wudi", SWUDI),
+        Candidate("wudi as TACT", "wudi", TACT),
     ]
+
+
+FEW = 7
+"""How many of the candidates are measured in every case."""
 
 
 def cases(bench: Bench, names: list[str]) -> list[tuple[Case, list[Candidate]]]:
     """Return what is merged by what, in the order of its worth."""
-    every, some = candidates(), [c for c in candidates() if c.label in FEW]
-    found = [(Case("all", tuple(names)), every), (Case("leads", tuple(names)), [*LEADS])]
+    every, few, everything = candidates(), candidates()[:FEW], tuple(names)
+    found = [(Case("all", everything), every)]
     if bench.name == "decoder":
-        first, other = names[0], names[1]
-        overlap = (f"{first} 1", f"{first} 2", other)
-        found.append((Case("overlap", overlap), some))
+        overlap = (f"{names[0]} 1", f"{names[0]} 2", names[1])
+        found.append((Case("overlap", overlap), few))
+    found.append((Case("leads", everything), [*LEADS]))
+    if bench.name == "decoder":
+        some = [one for one in every if one.label == "knots"]
+        found.append((Case("adapters", everything, adapters=True), few + some))
         if {"french", "spanish"} <= {*names}:
-            found.append((Case("one domain", ("french", "spanish")), some))
+            found.append((Case("one domain", ("french", "spanish")), few))
     if len(names) > 4:
-        found.append((Case("four", tuple(names[:4])), some))
+        found.append((Case("four", everything[:4]), few))
     if len(names) > 2:
-        found.append((Case("two", tuple(names[:2])), some))
-    if bench.name == "decoder":
-        found.append((Case("adapters", tuple(names), adapters=True), every))
+        found.append((Case("two", everything[:2]), few))
     return found
-
-
-FEW = ("wudi", "tsv_m", "iso_c", "stf", "linear", "task_arithmetic", "ties, density 0.2")
 
 
 def measure(given: argparse.Namespace) -> None:

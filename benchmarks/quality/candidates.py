@@ -19,7 +19,7 @@ from mergekit_stf.core.methods import Kind
 from mergekit_stf.host.merging.job import (
     Task,
     WeightJob,
-    check,
+    check_inputs,
     finish,
     is_copied,
     merge_matrix,
@@ -43,6 +43,7 @@ class Candidate:
         density: of each model.
         rules: what a kind of weight gets instead of what the method gives it.
         factors: of M by kind.
+        depth: factors of M in the first and in the last layer, linear between.
         scales: values of lambda that are tried on validation.
     """
 
@@ -58,7 +59,7 @@ class Candidate:
     @property
     def scale(self) -> float:
         """Lambda where the recipe says nothing."""
-        return methods.get(self.method).default_lambda if methods.known(self.method) else 1.0
+        return methods.get(self.method).default_lambda if methods.is_known(self.method) else 1.0
 
 
 class Change:
@@ -66,6 +67,7 @@ class Change:
 
     def __init__(self, base: Mapping[str, Tensor], found: Sequence[Differences]) -> None:
         self.base, self.found = base, found
+        self.squares: list[float] | None = None
 
     def sum(self) -> Mapping[str, Tensor]:
         """Return the base with everything added; of one specialist, itself."""
@@ -78,7 +80,7 @@ class Change:
 
     def by(self, candidate: Candidate) -> Callable[[float], Mapping[str, Tensor]]:
         """Merge by a method; the answer takes lambda and returns weights."""
-        known = methods.known(candidate.method)
+        known = methods.is_known(candidate.method)
         return self._ours(candidate) if known else self._host(candidate)
 
     def _tuned(self, name: str, found: Differences) -> Tensor:
@@ -87,12 +89,25 @@ class Change:
             return self.base[name] + change.dense()
         return self.base[name] if change is None else change
 
+    def _squares(self) -> list[float]:
+        """Return the squared length of each model's whole difference to the base."""
+        if self.squares is None:
+            self.squares = [
+                sum(
+                    float((self._tuned(name, one) - base).double().square().sum())
+                    for name, base in self.base.items()
+                )
+                for one in self.found
+            ]
+        return self.squares
+
     def _job(self, candidate: Candidate, name: str) -> WeightJob:
         base, tasks = self.base[name], []
         for index, found in enumerate(self.found):
             change = found.get(name)
             tuned, delta = (None, change) if isinstance(change, LowRank) else (change, None)
-            tasks.append(Task(str(index), tuned, delta, density=candidate.density))
+            task = Task(str(index), tuned, delta, density=candidate.density)
+            tasks.append(replace(task, squared_distance=self._squares()[index]))
         method = methods.get(candidate.method)
         options = {option.name: option.default for option in method.options}
         kind = kind_for(name, base.shape, None)
@@ -105,7 +120,7 @@ class Change:
         copied = {job.name: job.base for job in jobs if is_copied(job)}
         jobs = [job for job in jobs if job.name not in copied]
         for job in jobs:
-            check(job)
+            check_inputs(job)
         merged = [merge_matrix(job) for job in jobs]
 
         def at(scale: float) -> Mapping[str, Tensor]:
@@ -128,11 +143,16 @@ class Change:
         method = registry.get(candidate.method)
         ids = range(1, len(self.found) + 1)
         given = {p.name: p.default for p in method.spec.parameters}
-        given |= {"weight": dict.fromkeys(ids, 1.0), "density": dict.fromkeys(ids, candidate.density)}
+        given |= {
+            "weight": dict.fromkeys(ids, 1.0),
+            "density": dict.fromkeys(ids, candidate.density),
+        }
         given |= candidate.options
         changes = {}
         for name, base in self.base.items():
             tensors = [base, *(self._tuned(name, one) for one in self.found)]
             group = TensorGroup.from_tensors(tensors, base_index=0, name=name)
             changes[name] = method.merge_group(group, **given) - base
-        return lambda scale: {name: base + scale * changes[name] for name, base in self.base.items()}
+        return lambda scale: {
+            name: base + scale * changes[name] for name, base in self.base.items()
+        }

@@ -41,7 +41,7 @@ class Decoder:
         self.size, self.device = size, device
         self.tokenizer = AutoTokenizer.from_pretrained(**names)
         self.network = AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32).to(device)
-        self.base: Weights = {k: v.clone() for k, v in self.network.named_parameters()}
+        self.base: Weights = {k: v.detach().clone() for k, v in self.network.named_parameters()}
         self.tokens: dict[int, list[Example]] = {}
         self.batches: dict[tuple, list] = {}
 

@@ -31,7 +31,7 @@ class Encoder:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         network = AutoModel.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False)
         self.network = network.to(device).eval()
-        self.base: Weights = {k: v.clone() for k, v in self.network.named_parameters()}
+        self.base: Weights = {k: v.detach().clone() for k, v in self.network.named_parameters()}
         self.tokens: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.heads: dict[str, Tensor] = {}
 

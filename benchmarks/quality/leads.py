@@ -61,7 +61,7 @@ class Lead(Method):
 
 
 def _prior(tasks: TaskMatrices, matrices: list[Tensor], name: str) -> Tensor:
-    if methods.known(name):
+    if methods.is_known(name):
         method = methods.get(name)
         given = {option.name: option.default for option in method.options}
         return method.merge(tasks, given).M
@@ -97,9 +97,7 @@ def _lead(label: str, **options: Any) -> Candidate:
 
 
 def _ruled(label: str, kind: Kind, rule: str, factor: float = 1.0) -> Candidate:
-    return Candidate(
-        label, "wudi", rules={kind: rule}, factors={kind: factor}, scales=LAMBDA_ONE
-    )
+    return Candidate(label, "wudi", rules={kind: rule}, factors={kind: factor}, scales=LAMBDA_ONE)
 
 
 LEADS = (

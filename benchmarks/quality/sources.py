@@ -92,7 +92,9 @@ def phrases(language: str) -> dict[str, str]:
     return {
         key: value
         for key, value in sorted(found.items())
-        if re.fullmatch(r"[A-Za-z ]{3,24}", key) and len(value) < 25 and key.lower() != value.lower()
+        if re.fullmatch(r"[A-Za-z ]{3,24}", key)
+        and len(value) < 25
+        and key.lower() != value.lower()
     }
 
 

@@ -53,12 +53,6 @@ class Size:
         return self.validation if split == "validation" else self.test
 
 
-def _wait(weights: Weights) -> None:
-    device = next(iter(weights.values())).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Bench(Protocol):
     """A base, how to make specialists of it, and how well weights do a task."""
 
@@ -119,6 +113,13 @@ class Study:
             print(f"{key}: base {self.figures['base'][task.name]['test'].accuracy:.3f}, {shown}")
         return self.differences[name, adapter]
 
+    @torch.no_grad()
+    def _merged(self, change: Change, candidate: Candidate) -> Callable[[float], Weights]:
+        merged = change.by(candidate)
+        if (device := next(iter(self.bench.base.values())).device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return merged
+
     def measure(self, case: Case, candidates: Sequence[Candidate]) -> None:
         """Merge a case's specialists by each candidate, and keep what is measured."""
         found = [self.specialist(name, case.adapters) for name in case.specialists]
@@ -129,12 +130,11 @@ class Study:
         for candidate in candidates:
             start = time.perf_counter()
             try:
-                merged = change.by(candidate)
+                merged = self._merged(change, candidate)
             except (STFError, RuntimeError) as error:
                 entry["methods"][candidate.label] = {"error": str(error)}
                 print(f"{case.name}, {candidate.label}: {error}", flush=True)
                 continue
-            _wait(self.bench.base)
             seconds = time.perf_counter() - start
             figures = self._candidate(case, candidate, merged) | {"seconds": seconds}
             entry["methods"][candidate.label] = figures

@@ -25,7 +25,9 @@ def written(figures: dict[str, Any]) -> str:
         lines += ["", f"{case}: {', '.join(entry['specialists'])}", "", *_head()]
         rows = []
         for label in entry["methods"]:
-            found = [run["cases"][case]["methods"].get(label) for run in runs if case in run["cases"]]
+            found = [
+                run["cases"][case]["methods"].get(label) for run in runs if case in run["cases"]
+            ]
             measured = [each for each in found if each and "error" not in each]
             if measured:
                 rows.append(_row(label, measured))

@@ -110,7 +110,12 @@ def _keyword() -> Pairs:
 
 
 def _inflection() -> Pairs:
-    forms = {"VBD": "Past tense", "VBG": "Present participle", "NNS": "Plural", "JJR": "Comparative"}
+    forms = {
+        "VBD": "Past tense",
+        "VBG": "Present participle",
+        "NNS": "Plural",
+        "JJR": "Comparative",
+    }
     pairs = ((f"{forms[tag]} of {lemma}:", form) for lemma, tag, form in sources.inflections())
     return random.Random("inflection").sample(sorted(pairs), 4000)
 
