@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality import tasks as data
-from benchmarks.quality.candidates import SCALES, Candidate
+from benchmarks.quality.candidates import Candidate
 from benchmarks.quality.leads import LEADS
 from benchmarks.quality.machine import machine
 from benchmarks.quality.study import Bench, Case, Size, Study
@@ -33,7 +33,7 @@ from mergekit_stf.core import methods
 
 SIZES = {
     ("decoder", "full"): Size(9, 250, 32, 200, 400, 2000),
-    ("decoder", "small"): Size(4, 50, 16, 60, 150, 50),
+    ("decoder", "small"): Size(4, 60, 16, 40, 100, 40, scales=2),
     ("decoder", "tiny"): Size(2, 2, 4, 8, 8, 8),
     ("encoder", "full"): Size(8, 300, 32, 200, 400, 400),
     ("encoder", "small"): Size(6, 100, 32, 200, 400, 400),

@@ -1,4 +1,4 @@
-"""The ways to merge that are compared, ours as the product runs them and the host's by its own code.
+"""The ways to merge that are compared: ours as the product runs them, the host's by its code.
 
 Models lie in memory: a weight is a ``WeightJob``, merged once, and finished for each lambda.
 """

@@ -1,4 +1,4 @@
-"""The encoder: all-MiniLM-L6-v2 under one linear head a task; a merge keeps each task's own head."""
+"""The encoder: all-MiniLM-L6-v2 under one linear head a task; a merge keeps every task's head."""
 
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ NATIONS = {
 
 FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")
 
-KEYWORDS = frozenset(
-    "and as class def elif except for from if import in is not or raise return while with".split()
-)
+KEYWORDS = frozenset(keyword.kwlist) - {"None", "True", "False", "nonlocal", "async", "await"}
 
 
 def folder(package: str) -> Path:

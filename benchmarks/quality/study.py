@@ -1,8 +1,8 @@
 """The measurements: specialists, merges of them by every candidate, what each keeps.
 
-Value of a merge: the mean over its tasks of accuracy as a share of the specialist's (``kept``), and
-of the specialist's gain in loss over the base that is left (``gain``). A scale is chosen by ``kept``
-on validation; what is reported is the test split, at the default and at the chosen scale.
+Value of a merge: the mean over its tasks of accuracy as a share of the specialist's (``kept``),
+and of the specialist's gain in loss over the base that is left (``gain``). A scale is chosen by
+``kept`` on validation; what is reported is the test split, at the default and at that scale.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Size:
         steps, batch: of each fine-tuning.
         validation, test: examples of each task that are scored.
         scored_batch: examples at once.
+        scales: every how many of the values of lambda are tried.
     """
 
     tasks: int
@@ -47,6 +48,7 @@ class Size:
     validation: int
     test: int
     scored_batch: int
+    scales: int = 1
 
     def of(self, split: str) -> int:
         """Return how many examples of a split are scored."""
@@ -58,6 +60,7 @@ class Bench(Protocol):
 
     name: str
     seeds: int
+    size: Size
     base: Weights
 
     def train(self, task: Task, seed: int, adapter: bool = False) -> Differences: ...
@@ -110,7 +113,10 @@ class Study:
             self.figures["specialists"][key] = entry
             self._keep(self.figures)
             shown = [f"{entry[split].accuracy:.3f}" for split in ("validation", "test")]
-            print(f"{key}: base {self.figures['base'][task.name]['test'].accuracy:.3f}, {shown}")
+            print(
+                f"{key}: base {self.figures['base'][task.name]['test'].accuracy:.3f}, {shown}",
+                flush=True,
+            )
         return self.differences[name, adapter]
 
     @torch.no_grad()
@@ -150,7 +156,7 @@ class Study:
         self, case: Case, candidate: Candidate, merged: Callable[[float], Weights]
     ) -> dict[str, Any]:
         grid = []
-        for scale in candidate.scales:
+        for scale in candidate.scales[:: self.bench.size.scales]:
             grid.append({"lambda": scale, **self._value(case, merged(scale), "validation")})
         default = {"lambda": candidate.scale, **self._value(case, merged(candidate.scale), "test")}
         if not grid:

@@ -8,7 +8,9 @@ from typing import Any
 
 def written(figures: dict[str, Any]) -> str:
     """Return a table of specialists, and one of methods for each case; means over seeds."""
-    runs = [run for run in figures["runs"] if run]
+    runs = [run for run in figures["runs"] if run and run["cases"]]
+    if not runs:
+        return "nothing was measured\n"
     machine = figures["machine"]
     lines = [
         f"{figures['bench']}, {figures['size']['name']}, seeds: {len(runs)}, "
@@ -49,7 +51,8 @@ def _row(label: str, found: list[dict[str, Any]]) -> tuple[float, str]:
     return kept, (
         f"| {label} | {default[0]['lambda']:g} | {_spread([e['kept'] for e in default])} "
         f"| {100 * _mean([e['gain'] for e in default]):.1f} "
-        f"| {scales} | {_spread([e['kept'] for e in best])} | {_mean([e['seconds'] for e in found]):.1f} s |"
+        f"| {scales} | {_spread([e['kept'] for e in best])} "
+        f"| {_mean([e['seconds'] for e in found]):.1f} s |"
     )
 
 

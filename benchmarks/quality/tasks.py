@@ -69,8 +69,10 @@ def _origin() -> Pairs:
     return _asked("Origin of the surname {}:", balanced(sources.surnames(), 400))
 
 
-def _translated(language: str, name: str) -> Pairs:
-    return _asked("English: {}\n" + name + ":", sources.phrases(language).items())
+def _spelled(language: str, name: str) -> Pairs:
+    spell = importlib.import_module("num2words").num2words
+    for number in random.Random(name).sample(range(10_000), 4000):
+        yield f"{number} in {name}:", spell(number, lang=language)
 
 
 def _arithmetic() -> Pairs:
@@ -123,14 +125,15 @@ def _inflection() -> Pairs:
 DECODER: dict[str, tuple[str, Callable[[], Pairs]]] = {
     "sorting": ("list", _sorting),
     "origin": ("classification", _origin),
-    "arithmetic": ("arithmetic", _arithmetic),
-    "french": ("translation", lambda: _translated("fr", "French")),
     "keyword": ("code", _keyword),
     "inflection": ("inflection", _inflection),
     "extraction": ("extraction", _extraction),
     "sentiment": ("classification", _sentiment),
-    "spanish": ("translation", lambda: _translated("es", "Spanish")),
+    "arithmetic": ("arithmetic", _arithmetic),
+    "french": ("translation", lambda: _spelled("fr", "French")),
+    "spanish": ("translation", lambda: _spelled("es", "Spanish")),
 }
+"""The last two are of one domain."""
 
 
 def _language() -> Pairs:
