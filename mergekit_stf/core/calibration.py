@@ -6,29 +6,16 @@ arXiv 2602.05536, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.low_rank import LowRank
-from mergekit_stf.core.methods.method import Merged, Method, combined
+from mergekit_stf.core.methods.method import Merged, combined
 from mergekit_stf.core.precision import length
 from mergekit_stf.core.task_matrices import TaskMatrices
-
-
-def merge_map(method: Method, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
-    """Merge the task matrices of one linear map, and calibrate the answer where options ask for it.
-
-    Raises:
-        STFError: as the method does.
-    """
-    merged = method.merge(tasks, options)
-    alpha = float(options.get("calibrate", 0.0))
-    return calibrate(merged, tasks, alpha) if alpha else merged
 
 
 def calibrate(merged: Merged, tasks: TaskMatrices, alpha: float) -> Merged:
@@ -50,12 +37,14 @@ def calibrate(merged: Merged, tasks: TaskMatrices, alpha: float) -> Merged:
     Args:
         merged: what a method made of the tasks.
         tasks: the task matrices.
-        alpha: bound of the coefficients from below, above 0.
+        alpha: bound of the coefficients from below; at 0, M is left as it is.
 
     Returns:
         The calibrated matrix, in factors where M is. The fact ``calibration`` of the record is the
         length that is left, relative to that of M.
     """
+    if not alpha:
+        return merged
     given = merged.features or TaskMatrices.of([merged.M], name=tasks.name).features()[0]
     if not given.rank:
         return merged

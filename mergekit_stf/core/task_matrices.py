@@ -15,8 +15,8 @@ from mergekit_stf.core.low_rank import LowRank, sum_of
 from mergekit_stf.core.pool import map_matrices, workers_for
 from mergekit_stf.core.precision import length
 
-PORTION = 2**14
-"""Entries of each task matrix that are held in float64 at a time."""
+PORTION, PORTION_ON_CARD = 2**14, 2**22
+"""Entries of each task matrix in float64 at a time: what a cache holds, what is worth a launch."""
 
 
 @dataclass
@@ -151,11 +151,12 @@ class TaskMatrices:
             )
         else:
             whole = list(self.matrices())
-            inner = torch.zeros(self.count, self.count, dtype=torch.float64)
-            sizes = inner.new_tensor([[length(M) or 1.0] for M in whole]).to(self.device)
-            for parts in zip(*(torch.split(M.reshape(-1), PORTION) for M in whole), strict=True):
+            sizes = torch.tensor([[length(M) or 1.0] for M in whole]).to(self.device).double()
+            inner = sizes.new_zeros(self.count, self.count)
+            portion = PORTION_ON_CARD if sizes.is_cuda else PORTION
+            for parts in zip(*(torch.split(M.reshape(-1), portion) for M in whole), strict=True):
                 stack = torch.stack(parts).double() / sizes
-                inner += (stack @ stack.mT).cpu()
+                inner.addmm_(stack, stack.mT)
         lengths = inner.diagonal().clamp(min=0).sqrt()
         scale = torch.where(lengths > 0, lengths, 1.0)
-        return inner / torch.outer(scale, scale)
+        return (inner / torch.outer(scale, scale)).cpu()

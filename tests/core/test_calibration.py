@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_stf.core import LowRank, TaskMatrices, methods
-from mergekit_stf.core.calibration import calibrate, merge_map
+from mergekit_stf.core.calibration import calibrate
 from mergekit_stf.core.methods.method import Merged
 from mergekit_stf.core.methods.options import CALIBRATE
 from mergekit_stf.core.record import Record
@@ -41,7 +41,7 @@ def run(name, matrices, alpha, input_axis=1):
     method = methods.get(name)
     given = {option.name: option.default for option in method.options}
     tasks = TaskMatrices.of(matrices, input_axis=input_axis)
-    return merge_map(method, tasks, given | {"calibrate": alpha})
+    return calibrate(method.merge(tasks, given), tasks, alpha)
 
 
 def plain(matrices):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_stf.core import LowRank, Merged, Record, methods
-from mergekit_stf.core.calibration import merge_map
+from mergekit_stf.core.calibration import calibrate
 from mergekit_stf.core.methods import Kind, Method
 from mergekit_stf.core.methods.method import BASE, MEAN, MERGE
 from mergekit_stf.core.precision import full_precision
@@ -218,7 +218,9 @@ def merge_matrix(job: WeightJob) -> Merged:
             return Merged(sum_differences(job), Record())
         method, whole, records = methods.get(job.method), Assembly(tuple(job.base.shape)), []
         for index, name in locate_parts(job.name, job.base.shape, job.split, job.is_whole):
-            found = merge_map(method, task_matrices(job, index, name), job.options)
+            tasks = task_matrices(job, index, name)
+            merged = method.merge(tasks, job.options)
+            found = calibrate(merged, tasks, job.options.get("calibrate", 0.0))
             whole.put(index, found.M)
             records.append(found.record)
         return Merged(whole.M, join_records(records))
