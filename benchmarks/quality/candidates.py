@@ -134,9 +134,10 @@ class Change:
 
     def _depth(self, candidate: Candidate, name: str) -> float:
         first, last = candidate.depth
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        count = 1 + max(int(p) for key in self.base for p in key.split(".") if p.isdigit())
-        return first + (last - first) * numbers[0] / (count - 1) if numbers else 1.0
+        if (layer := _layer(name)) is None:
+            return 1.0
+        deepest = max(_layer(other) or 0 for other in self.base)
+        return first + (last - first) * layer / max(deepest, 1)
 
     def _host(self, candidate: Candidate) -> Callable[[float], Mapping[str, Tensor]]:
         torch.manual_seed(0)
@@ -156,3 +157,7 @@ class Change:
         return lambda scale: {
             name: base + scale * changes[name] for name, base in self.base.items()
         }
+
+
+def _layer(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

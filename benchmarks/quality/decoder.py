@@ -20,7 +20,7 @@ from benchmarks.quality.tasks import Task
 from mergekit_stf.core import LowRank
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-RATE, ADAPTER_RATE, RANK = 5e-5, 5e-4, 16
+ADAPTER_RATE, RANK = 5e-4, 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Example = tuple[list[int], int]
@@ -61,7 +61,7 @@ class Decoder:
         self._load(self.base)
         network = self._adapted() if adapter else self.network
         trained = [p for p in network.parameters() if p.requires_grad]
-        rate = ADAPTER_RATE if adapter else RATE
+        rate = ADAPTER_RATE if adapter else self.size.rate
         optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0, fused=True)
         for step, batch in enumerate(self._batches(task, seed)):
             done = step / self.size.steps

@@ -14,7 +14,7 @@ from benchmarks.quality.study import Score, Size, Weights
 from benchmarks.quality.tasks import Task
 from mergekit_stf.core import LowRank
 
-RATE, HEAD_RATE, LENGTH = 5e-5, 1e-3, 48
+HEAD_RATE, LENGTH = 1e-3, 48
 
 
 class Encoder:
@@ -62,7 +62,7 @@ class Encoder:
         self._load(self.base)
         ids, mask, labels = self.examples(task, "train")
         head = self._probe(task)
-        groups = [{"params": list(self.network.parameters()), "lr": RATE}]
+        groups = [{"params": list(self.network.parameters()), "lr": self.size.rate}]
         groups.append({"params": [head], "lr": HEAD_RATE})
         rates = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)

@@ -47,7 +47,9 @@ def folder(package: str) -> Path:
     """
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise SystemExit(f"the bench needs {package}: pip install -e '.[quality]'")
+        raise SystemExit(
+            f"the bench needs {package}: see the top of benchmarks/quality/__main__.py"
+        )
     return Path(found.origin).parent
 
 

@@ -37,6 +37,7 @@ class Size:
     Attributes:
         tasks: how many of the bench's, the first ones.
         steps, batch: of each fine-tuning.
+        rate: its largest learning rate.
         validation, test: examples of each task that are scored.
         scored_batch: examples at once.
         scales: every how many of the values of lambda are tried.
@@ -45,6 +46,7 @@ class Size:
     tasks: int
     steps: int
     batch: int
+    rate: float
     validation: int
     test: int
     scored_batch: int

@@ -123,12 +123,12 @@ def _inflection() -> Pairs:
 
 
 DECODER: dict[str, tuple[str, Callable[[], Pairs]]] = {
-    "sorting": ("list", _sorting),
-    "origin": ("classification", _origin),
-    "keyword": ("code", _keyword),
-    "inflection": ("inflection", _inflection),
     "extraction": ("extraction", _extraction),
     "sentiment": ("classification", _sentiment),
+    "keyword": ("code", _keyword),
+    "sorting": ("list", _sorting),
+    "origin": ("classification", _origin),
+    "inflection": ("inflection", _inflection),
     "arithmetic": ("arithmetic", _arithmetic),
     "french": ("translation", lambda: _spelled("fr", "French")),
     "spanish": ("translation", lambda: _spelled("es", "Spanish")),
