@@ -62,7 +62,7 @@ def map_matrices(
     A matrix is taken from the iterable when a worker is free, and no reference to it is kept. Where
     another thread of the process is in here already, this one takes its matrices one by one.
     """
-    if not _sharing.acquire(blocking=False):
+    if workers == 1 or not _sharing.acquire(blocking=False):
         return [work(M) for M in matrices]
     threads = torch.get_num_threads()
     running: list[Future[Result]] = []

@@ -53,6 +53,7 @@ class TaskMatrices:
     name: str = ""
     input_axis: int = 1
     squared_distances: tuple[float, ...] = ()
+    _norms: tuple[float, ...] | None = None
     _features: dict[tuple[float, str], tuple[Features, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -109,7 +110,7 @@ class TaskMatrices:
             )
             side = min(self.shape)
             workers = workers_for(side, self.count, self.device, leading=count < side)
-            if self.factored or workers == 1:
+            if self.factored:
                 found = list(map(work, self.read()))
             else:
                 found = map_matrices(work, self.read(), workers, self.device)
@@ -137,7 +138,10 @@ class TaskMatrices:
 
     def norms(self) -> tuple[float, ...]:
         """Return ``|M_i|`` (Frobenius) of each task."""
-        return tuple(M.norm if isinstance(M, LowRank) else length(M) for M in self.read())
+        if self._norms is None:
+            lengths = (M.norm if isinstance(M, LowRank) else length(M) for M in self.read())
+            self._norms = tuple(lengths)
+        return self._norms
 
     def cosines(self) -> Tensor:
         """Return ``⟨M_i, M_j⟩ / (|M_i| |M_j|)``, (T, T) in float64 on the CPU, 0 beside zeros.
@@ -151,7 +155,8 @@ class TaskMatrices:
             )
         else:
             whole = list(self.matrices())
-            sizes = torch.tensor([[length(M) or 1.0] for M in whole]).to(self.device).double()
+            self._norms = tuple(map(length, whole))
+            sizes = torch.tensor([[size or 1.0] for size in self._norms]).to(self.device).double()
             inner = sizes.new_zeros(self.count, self.count)
             portion = PORTION_ON_CARD if sizes.is_cuda else PORTION
             for parts in zip(*(torch.split(M.reshape(-1), portion) for M in whole), strict=True):

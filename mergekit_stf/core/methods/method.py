@@ -139,8 +139,8 @@ def describe(
         cosines: between the task matrices, (T, T), where the method has them already.
         facts: further fields of the record.
     """
-    norms = tuple(f.norm for f in features) if features else tasks.norms()
     cosines = tasks.cosines() if cosines is None else cosines
+    norms = tuple(f.norm for f in features) if features else tasks.norms()
     largest = max(norms) or 1.0
     sizes = torch.tensor(norms, dtype=torch.float64) / largest
     return Record(

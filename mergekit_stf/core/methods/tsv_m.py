@@ -16,6 +16,7 @@ from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import LINEAR_ONLY_RULES, Merged, Method, describe
 from mergekit_stf.core.methods.options import CALIBRATE
+from mergekit_stf.core.pool import map_matrices, workers_for
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 SINGULAR = 1e-6
@@ -50,8 +51,9 @@ class TSVM(Method):
         if not present:
             M = tasks.total()
             return Merged(M, describe(tasks, M))
-        U = orthogonalise(torch.cat([f.U for f in present], dim=1))
-        V = orthogonalise(torch.cat([f.Vh for f in present]).mT)
+        stacked = [torch.cat([f.U for f in present], dim=1), torch.cat([f.Vh for f in present]).mT]
+        workers = workers_for(stacked[0].shape[1], len(stacked), tasks.device)
+        U, V = map_matrices(orthogonalise, stacked, workers, tasks.device)
         s = torch.cat([f.s for f in present])
         M = LowRank(U * s, V.mT) if tasks.factored else (U * s) @ V.mT
         record = describe(tasks, M, features, tasks.cosines())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.features.features import kept_rank
+from mergekit_stf.core.features.routes import lower_gram
 from mergekit_stf.core.low_rank import LowRank
 from mergekit_stf.core.methods.method import Merged, Method, describe
 from mergekit_stf.core.methods.options import (
@@ -155,7 +156,7 @@ def _whole(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
             w = 1.0 if options["weighting"] == "unit" else (size / sizes[0]) ** 2
             N = (M if tasks.input_axis == 1 else M.mT).to(dtype) / size
             K = trim(N, options["inputs"])
-            C = K.mT @ K
+            C = gram(K)
             A.add_(C, alpha=w)
             left, right = (N, C) if m >= n else (N @ K.mT, K)
             B.addmm_(left, right, alpha=w * size)
@@ -166,6 +167,12 @@ def _whole(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
     total.mul_(prior_scale(options["prior"], squares, length(total) ** 2, len(sizes)))
     M = _solution(A, B, total, len(sizes), n, options).to(tasks.dtype)
     return M.contiguous() if tasks.input_axis == 1 else M.mT.contiguous()
+
+
+def gram(K: Tensor) -> Tensor:
+    """Return ``KᵀK``, of which the lower half is computed and the upper one is its mirror."""
+    lower = lower_gram(K, K.dtype).tril_()
+    return lower.add_(lower.tril(-1).mT)
 
 
 def _in_factors(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
