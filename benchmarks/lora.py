@@ -10,6 +10,7 @@ it again. Beside wall clock stands the CPU time of the process. torch has one th
 both routes; ours computes and writes in two threads of its own, which its CPU time shows.
 
     python benchmarks/lora.py --rounds 3 --json benchmarks/results/lora.json
+    python benchmarks/lora.py --rounds 3 --method wudi --json benchmarks/results/lora_wudi.json
     python benchmarks/lora.py --rounds 2 --threads 2 --json benchmarks/results/lora_two_threads.json
 """
 
@@ -72,7 +73,9 @@ def make(root: Path, options: argparse.Namespace) -> str:
         model.save_pretrained(root / f"adapter{number}")
     base_path = str(root / "base")
     models = [{"model": f"{base_path}+{root}/adapter{n}"} for n in range(options.adapters)]
-    return yaml.safe_dump({"merge_method": "stf", "base_model": base_path, "models": models})
+    return yaml.safe_dump(
+        {"merge_method": options.method, "base_model": base_path, "models": models}
+    )
 
 
 class Routes:
@@ -219,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("hidden", 1024), ("inner", 2816), ("layers", 8), ("vocabulary", 8000)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--method", default="stf", help="merge method, for both routes")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=3)
     parser.add_argument("--size", type=float, default=0.005, help="standard deviation of B")

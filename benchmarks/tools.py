@@ -2,13 +2,16 @@
 
 On the 119-million-parameter Llama of ``whole_merge.py``, each command in a process of its own, in
 turn: ``plan`` against what ``merge`` then takes; ``sweep`` over nine values of lambda against one
-``merge`` and the writing of nine outputs; recording diagnostics against the merge's own time.
+``merge`` and the writing of nine outputs; recording diagnostics against the merge's own time. With
+``--method`` only ``plan`` against ``merge``, for each of these methods.
 
     python benchmarks/tools.py --json benchmarks/results/tools.json
+    python benchmarks/tools.py --method stf wudi tsv_m iso_c --json benchmarks/results/plan.json
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -76,11 +79,38 @@ def recording(root: Path) -> float:
     return statistics.median(times)
 
 
+def compare_plans(root: Path, given: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Judge what ``plan`` estimates of each method against what ``merge`` takes."""
+    for method in given.method:
+        path, out = recipe(root, method, given.density), root / "out"
+        time, memory = [], []
+        for _ in range(given.runs):
+            estimate = planned(path, out)
+            merge, _ = peak_of([COMMAND, "merge", str(path), str(out), "--quiet"])
+            peak = max(record["peak_rss"] for record in records(out))
+            time.append(estimate["seconds"] / merge)
+            memory.append(estimate["memory"] / peak)
+            shutil.rmtree(out)
+        for what, values in (("time", time), ("memory", memory)):
+            name = f"plan's {what} over the merge's, {method}"
+            figures[name] = spread(values)
+            print(f"{name}: {shown(spread(values), 'x')}")
+            judge_nearness(figures, name, given)
+
+
+def judge_nearness(figures: dict[str, Any], name: str, given: argparse.Namespace) -> None:
+    """Judge that an estimate is near, from both sides, at the size that the bound is meant for."""
+    if all(getattr(given, key) == size for key, size in MODEL.items()):
+        judge(figures, name, figures[name]["median"], "at most", NEAR)
+        judge(figures, f"{name}, at the least", figures[name]["median"], "at least", 1 / NEAR)
+
+
 def main() -> None:
     options = parser(__doc__)
     for name, default in MODEL.items():
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--density", type=float, default=0.2)
+    options.add_argument("--method", nargs="+", default=[])
     given = options.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     ratios: dict[str, list[float]] = {
@@ -93,6 +123,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root, given)
+        if given.method:
+            figures: dict[str, Any] = {"load": os.getloadavg()[0]}
+            compare_plans(root, given, figures)
+            finish(given, figures)
+            return
         path, out, points = recipe(root, "stf", given.density), root / "out", root / "points"
         for _ in range(given.runs):
             estimate = planned(path, out)
@@ -122,11 +157,9 @@ def main() -> None:
         print(f"{name}: {shown(spread(values))}")
     for name, values in ratios.items():
         print(f"{name}: {shown(spread(values), 'x')}")
-    figures: dict[str, Any] = {name: spread(values) for name, values in {**times, **ratios}.items()}
-    if all(getattr(given, name) == size for name, size in MODEL.items()):
-        for name in ("plan's time over the merge's", "plan's memory over the merge's"):
-            judge(figures, name, figures[name]["median"], "at most", NEAR)
-            judge(figures, f"{name}, at the least", figures[name]["median"], "at least", 1 / NEAR)
+    figures = {name: spread(values) for name, values in {**times, **ratios}.items()}
+    for name in ("plan's time over the merge's", "plan's memory over the merge's"):
+        judge_nearness(figures, name, given)
     finish(given, figures)
 
 
