@@ -156,23 +156,22 @@ def _whole(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
             w = 1.0 if options["weighting"] == "unit" else (size / sizes[0]) ** 2
             N = (M if tasks.input_axis == 1 else M.mT).to(dtype) / size
             K = trim(N, options["inputs"])
-            C = gram(K)
+            C = lower_gram(K, dtype)
             A.add_(C, alpha=w)
-            left, right = (N, C) if m >= n else (N @ K.mT, K)
+            left, right = (N, mirror(C)) if m >= n else (N @ K.mT, K)
             B.addmm_(left, right, alpha=w * size)
             total.add_(N, alpha=size)
     if not sizes:
         return tasks.total()
     squares = sum(size * size for size in sizes)
     total.mul_(prior_scale(options["prior"], squares, length(total) ** 2, len(sizes)))
-    M = _solution(A, B, total, len(sizes), n, options).to(tasks.dtype)
+    M = _solution(mirror(A), B, total, len(sizes), n, options).to(tasks.dtype)
     return M.contiguous() if tasks.input_axis == 1 else M.mT.contiguous()
 
 
-def gram(K: Tensor) -> Tensor:
-    """Return ``KᵀK``, of which the lower half is computed and the upper one is its mirror."""
-    lower = lower_gram(K, K.dtype).tril_()
-    return lower.add_(lower.tril(-1).mT)
+def mirror(lower: Tensor) -> Tensor:
+    """Fill in the upper triangle of a symmetric matrix of which the lower one is known."""
+    return lower.tril_().add_(lower.tril(-1).mT)
 
 
 def _in_factors(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
