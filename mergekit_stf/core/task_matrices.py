@@ -53,7 +53,6 @@ class TaskMatrices:
     name: str = ""
     input_axis: int = 1
     squared_distances: tuple[float, ...] = ()
-    _norms: tuple[float, ...] | None = None
     _features: dict[tuple[float, str], tuple[Features, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -138,10 +137,7 @@ class TaskMatrices:
 
     def norms(self) -> tuple[float, ...]:
         """Return ``|M_i|`` (Frobenius) of each task."""
-        if self._norms is None:
-            lengths = (M.norm if isinstance(M, LowRank) else length(M) for M in self.read())
-            self._norms = tuple(lengths)
-        return self._norms
+        return tuple(M.norm if isinstance(M, LowRank) else length(M) for M in self.read())
 
     def cosines(self) -> Tensor:
         """Return ``⟨M_i, M_j⟩ / (|M_i| |M_j|)``, (T, T) in float64 on the CPU, 0 beside zeros.
@@ -155,8 +151,7 @@ class TaskMatrices:
             )
         else:
             whole = list(self.matrices())
-            self._norms = tuple(map(length, whole))
-            sizes = torch.tensor([[size or 1.0] for size in self._norms]).to(self.device).double()
+            sizes = torch.tensor([[length(M) or 1.0] for M in whole]).to(self.device).double()
             inner = sizes.new_zeros(self.count, self.count)
             portion = PORTION_ON_CARD if sizes.is_cuda else PORTION
             for parts in zip(*(torch.split(M.reshape(-1), portion) for M in whole), strict=True):
