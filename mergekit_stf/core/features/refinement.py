@@ -7,9 +7,8 @@ orthogonal after a rotation by the angle θ_kl of Jacobi's method,
 quadratically (Ogita and Aishima 2018, who take the angles to first order).
 
 Rounding adds about ``eps s_1 / (s_k - s_l)`` to an angle, which is little unless the two singular
-values are nearly equal. Such pairs are few. They are not rotated, since their angles would be noise
-of up to half a radian, and the others would never settle. They are separated in float64, within
-their span; rounding tilts that span by some ``eps``, which enters with its square.
+values are nearly equal. Such pairs are not rotated, since their angles would be noise, and the
+others would never settle. They are separated in float64, within their span.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from mergekit_stf.core.features.features import Features
 from mergekit_stf.core.features.routes import complete_triples, eigen, lower_gram, separate_tail
@@ -39,6 +39,9 @@ BAND = 2**22
 TERMS = 256
 """Terms of a float32 product that are summed before float64 takes over, where that matters."""
 
+ORTHONORMAL = 2.5e-7
+"""Inner products of vectors below this are rounding, whose correction would spoil short images."""
+
 MOST = 512
 """Features of one run of close lengths that are separated; a longer run stays as it is found."""
 
@@ -53,10 +56,9 @@ def gram_refined(M: Tensor) -> Features:
 def refine_vectors(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Return the right singular vectors of which the rows of ``Vh`` are mixtures.
 
-    The merged matrix comes within 1e-5 of that of float64 where some lengths are nearly equal, and
-    within 3e-5 where all are, whatever the gaps, unless the spectrum is steep: below ``1e-3 s_1``
-    float32 tells less (measured, see ``docs/method.md``). If an eigensolver mixed so much that
-    the sweeps do not settle, the last basis is made orthonormal.
+    The merged matrix comes within 1e-5 of that of float64, within 3e-5 where all lengths are nearly
+    equal, and less near for a steep spectrum (measured, see ``docs/method.md``). What a long run of
+    close lengths leaves of inner products is taken out to first order at the end.
 
     Args:
         M: (m, n).
@@ -73,7 +75,8 @@ def refine_vectors(M: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
         Vh = torch.linalg.qr(Vh.mT).Q.mT
     image = form_images(M, Vh)
     separate_close(M, image, Vh)
-    return image, Vh
+    excess = hardshrink(Vh @ Vh.mT - torch.eye(len(Vh)).to(Vh), ORTHONORMAL)
+    return image.addmm(excess, image, alpha=-0.5), Vh.addmm(excess, Vh, alpha=-0.5)
 
 
 def form_images(M: Tensor, Vh: Tensor) -> Tensor:
@@ -131,8 +134,7 @@ def rotate_pairs(image: Tensor, Vh: Tensor) -> tuple[Tensor, float]:
 def separate_close(M: Tensor, image: Tensor, Vh: Tensor) -> None:
     """Diagonalise ``MᵀM`` in float64 within the span of each run of close features, in place.
 
-    The merged matrix depends on the basis of nearly equal features. They are few: those of random
-    4096 × 4096 matrices closer than ``CLOSE`` are 60, whose float64 products any card affords.
+    The merged matrix depends on their basis. They are few: 60 of random 4096 × 4096 matrices.
 
     Args:
         M: (m, n).
@@ -155,8 +157,7 @@ def _find_close_runs(length: Tensor) -> list[tuple[int, int]]:
     """Return where runs of close lengths start and end, in descending lengths, noise left out."""
     near = (length[1:] > (1 - CLOSE) * length[:-1]) & (length[1:] > RANK * length[0])
     cuts = (torch.nonzero(~near).reshape(-1) + 1).tolist()
-    runs = pairwise([0, *cuts, length.numel()])
-    return [(start, end) for start, end in runs if 1 < end - start <= MOST]
+    return [(a, b) for a, b in pairwise([0, *cuts, length.numel()]) if 1 < b - a <= MOST]
 
 
 def _diagonalise_blocks(sizes: list[int], gram: Tensor) -> Tensor:
