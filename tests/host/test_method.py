@@ -345,3 +345,19 @@ def test_near_duplicates_are_named_once_with_a_sum_at_the_end(caplog):
     line = "3 weights were ill-posed and damped: a and b (3 weights)"
     assert [record.message for record in caplog.records[1:]] == [line]
     assert Desk().notices.summary() is None
+
+
+def test_an_error_of_the_hosts_own_command_points_to_plan() -> None:
+    states = {
+        "base": {"a.weight": torch.ones(2, 2)},
+        "x": {"a.weight": torch.full((2, 2), torch.inf)},
+    }
+    with pytest.raises(STFError) as raised:
+        merge_state_dicts(states, "stf", base="base")
+    assert "`mergekit-stf plan CONFIG`" in raised.value.__notes__[0]
+    with pytest.raises(STFError) as raised:
+        merge_state_dicts(states, "stf")
+    assert "`mergekit-stf plan CONFIG`" in raised.value.__notes__[0]
+    with pytest.raises(STFError) as raised, host_method("stf").at(Desk()):
+        merge_state_dicts(states, "stf", base="base")
+    assert not hasattr(raised.value, "__notes__")

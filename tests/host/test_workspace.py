@@ -505,6 +505,23 @@ def test_a_failure_after_the_exchange_says_that_the_output_is_complete(
     assert read(out) == "new"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="tests what Windows does by itself")
+def test_a_file_is_synced_where_only_what_is_open_for_writing_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_windows_does(descriptor: int) -> None:
+        os.pwrite(descriptor, b"", 0)
+
+    monkeypatch.setattr(files, "TO_SYNC", os.O_RDWR)
+    monkeypatch.setattr(os, "fsync", as_windows_does)
+    (tmp_path / "file").write_text("kept")
+    files.sync(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    monkeypatch.setattr(files, "TO_SYNC", os.O_RDONLY)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        files.sync(tmp_path / "file")
+
+
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files and folders that are synced, in their order."""

@@ -12,6 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from mergekit_stf.core.errors import STFError
 
+TO_SYNC = os.O_RDWR if os.name == "nt" else os.O_RDONLY
+"""How a file is opened to be synced: Windows flushes only what is open for writing."""
+
 CHUNK = 1 << 22
 KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -130,7 +133,7 @@ def sync(path: Path, forget: bool = False) -> None:
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, TO_SYNC)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import torch
 
 
-def peak_rss() -> int | None:
-    """Return the process's memory high-water mark in bytes, None where the system has none.
+def peak_rss() -> int:
+    """Return the process's memory high-water mark in bytes.
 
     Linux counts a parent's memory in ``ru_maxrss`` of a child, but not in ``VmHWM``.
     """
@@ -18,10 +19,10 @@ def peak_rss() -> int | None:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError):
         pass
-    try:
-        import resource
-    except ImportError:
-        return None
+    if os.name == "nt":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

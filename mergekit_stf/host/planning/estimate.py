@@ -68,7 +68,7 @@ def estimate_merge(
         speed: of files on the disk of the output.
     """
     starting = process_age()
-    before = peak_rss() or 0
+    before = peak_rss()
     device = torch.device(options.device or "cpu")
     workloads = {weight.name: workload_of(weight) for weight in weights}
     seconds = time_workloads(list(workloads.values()), device)

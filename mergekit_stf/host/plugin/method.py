@@ -33,8 +33,10 @@ from mergekit_stf.host.merging.job import WeightJob
 from mergekit_stf.host.plugin import saving
 from mergekit_stf.host.plugin.groups import make_job
 from mergekit_stf.host.plugin.parameters import parameters_of
+from mergekit_stf.host.run.signals import add_note
 
 LOG = logging.getLogger("mergekit_stf")
+PLAN = "`mergekit-stf plan CONFIG` checks the whole recipe, before anything is merged."
 
 
 class HostMethod(GroupMergeMethod):
@@ -82,6 +84,12 @@ class HostMethod(GroupMergeMethod):
         Raises:
             STFError: there is no base model, no tuned one, or weights would be lost.
         """
+        with self._pointing_to_plan():
+            self._check_inputs(input_ids, base_id, group_name)
+
+    def _check_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None
+    ) -> None:
         where = f" (at {group_name})" if group_name else ""
         if base_id is None:
             raise STFError(
@@ -126,8 +134,10 @@ class HostMethod(GroupMergeMethod):
         results = []
         for group, bound, dtype in zip(groups, parameters, input_dtypes, strict=True):
             aligned = align_dtype(group, dtype)
-            with torch.autocast(device_type=aligned.base.tensor.device.type, enabled=False):
-                results.append(self.desk.run(self._make_job(aligned, bound, out_dtype)).tensor)
+            kind = aligned.base.tensor.device.type
+            with torch.autocast(device_type=kind, enabled=False), self._pointing_to_plan():
+                job = self._make_job(aligned, bound, out_dtype)
+                results.append(self.desk.run(job).tensor)
         return tuple(results)
 
     def _make_job(
@@ -140,6 +150,16 @@ class HostMethod(GroupMergeMethod):
         reading = self._lock if self.method.whole_models else contextlib.nullcontext()
         with reading:
             return make_job(self.method, group, parameters, out_dtype)
+
+    @contextlib.contextmanager
+    def _pointing_to_plan(self) -> Iterator[None]:
+        """Add to an error that ends the host's own command what checks a whole recipe."""
+        try:
+            yield
+        except STFError as error:
+            if self._desk is None:
+                add_note(error, PLAN)
+            raise
 
     @property
     def desk(self) -> Desk:
