@@ -80,6 +80,14 @@ def test_a_sweep_merges_each_matrix_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("three", "one_thread")
+def test_a_method_of_the_host_stays_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = write_recipe(tmp_path / "r.yml", tiny_models(tmp_path / "models"), density=0.5)
+    recipe.write_text(recipe.read_text().replace("merge_method: stf", "merge_method: ties"))
+    assert_same(*both("merge", recipe, folder=tmp_path))
+    assert "this merge method has no weights for a cluster" in caplog.text
+
+
+@pytest.mark.usefixtures("three", "one_thread")
 def test_a_plan_says_how_long_the_cluster_takes(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yml", tiny_models(tmp_path / "models"))
     done = run("plan", recipe, "--ray", "auto", "--json")

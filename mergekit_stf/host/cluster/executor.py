@@ -69,8 +69,6 @@ class RayExecutor:
         tasks = Tasks(execution, submit, sum(node.places for node in found), devices)
 
         def start(jobs: Sequence[Job], spool: Any) -> Any:
-            if not jobs:
-                LOG.warning("--ray: all weights of this merge method are merged on this machine")
             _check_memory(jobs, found, self._device)
             return tasks.started(jobs, spool)
 
@@ -170,9 +168,9 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 def _check_memory(jobs: Sequence[Job], found: Sequence[Node], device: torch.device) -> None:
     """Refuse a weight that no node has memory for: Ray would wait for such a node."""
-    largest = max(jobs, key=lambda job: job.memory(device), default=None)
+    largest = max(jobs, key=lambda job: job.memory(device))
     most = max(node.memory for node in found)
-    if largest is not None and largest.memory(device) > most:
+    if largest.memory(device) > most:
         raise STFError(
             f"{largest.name} needs {format_bytes(largest.memory(device))} of memory, and no node "
             f"of the cluster gives more than {format_bytes(most)}; see `ray start --memory`"

@@ -6,6 +6,7 @@ order, so that the files have the same bytes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +19,8 @@ from mergekit_stf.host.executors.execution import Execution
 from mergekit_stf.host.executors.jobs import Job, jobs_of
 from mergekit_stf.host.executors.spool import Spool
 from mergekit_stf.host.executors.worker import rounded_tensor
+
+LOG = logging.getLogger("mergekit_stf")
 
 Start = Callable[[Sequence[Job], Spool], AbstractContextManager[None]]
 """Begins jobs whose results go into the spool; they are done or cancelled at the block's end."""
@@ -43,6 +46,10 @@ class Pipeline:
         """Merge and write all weights, and yield the results of the other tasks."""
         saves = self._in_order()
         jobs = jobs_of(saves)
+        if not jobs:
+            LOG.warning("--ray: this merge method has no weights for a cluster, all stay here")
+            yield from self._host(self._targets).run(quiet=quiet)
+            return
         elsewhere = {job.task for job in jobs}
         here = {save.tensor_task: save for save in saves if save not in elsewhere}
         others = [t for t in self._targets if not isinstance(t, (SaveTensor, FinalizeModel))]
@@ -70,8 +77,6 @@ class Pipeline:
 
 
 def _write(saves: Sequence[SaveTensor], spool: Spool) -> None:
-    if not saves:
-        return
     writer = saves[0].writer_task.execute()
     for save in saves:
         tensor = spool.take(save.tensor_name)
