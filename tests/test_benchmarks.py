@@ -71,12 +71,8 @@ def test_benchmark(name, tmp_path, monkeypatch, capsys):
 
 @clusters.needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("cluster", [*LLAMA, "--runs", "1"]), ("cluster_memory", ["--size", "tiny"])],
-)
-def test_benchmarks_of_a_cluster(name, options, monkeypatch, capsys):
-    run(name, options, monkeypatch)
+def test_the_benchmark_of_a_cluster(monkeypatch, capsys):
+    run("cluster", [*LLAMA, "--runs", "1"], monkeypatch)
     assert "two workers" in capsys.readouterr().out
 
 
