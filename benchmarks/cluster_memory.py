@@ -20,6 +20,7 @@ from large_model import digest, write_model
 
 SIZES = {
     "full": {"hidden": 2048, "inner": 8192, "layers": 30, "vocabulary": 8000},
+    "gigabyte": {"hidden": 1024, "inner": 4096, "layers": 30, "vocabulary": 8000},
     "tiny": {"hidden": 64, "inner": 96, "layers": 2, "vocabulary": 500},
 }
 SHARD = 10**9
