@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from mergekit.options import MergeOptions
 from mergekit_stf.core import STFError
 from mergekit_stf.core.record import Record
 from mergekit_stf.host.checkpoints.content import same_bits
+from mergekit_stf.host.executors.carried import CarriedStore, InStore
 from mergekit_stf.host.executors.jobs import share_of_card
-from mergekit_stf.host.executors.messages import Packed
+from mergekit_stf.host.executors.messages import Entry, Order, Packed
 from mergekit_stf.host.executors.nodes import check_node, expected_of
 from mergekit_stf.host.executors.spool import Spool
 from mergekit_stf.host.planning.schedule import schedule_length
@@ -109,6 +111,27 @@ def test_the_timeline_gives_weights_at_one_time_places_of_their_own() -> None:
 
     rows = arrange([record("a", 5, 2), record("a", 6, 2), record("b", 6, 1), record("a", 7.5, 1)])
     assert rows == {("a", 0): [(0, 2), (2.5, 1)], ("a", 1): [(1, 2)], ("b", 0): [(1, 1)]}
+
+
+def refuse(matrix: torch.Tensor, note: str) -> str:
+    raise ValueError("forged")
+
+
+def test_a_worker_asks_for_what_the_driver_has_and_merges_what_it_has_lost() -> None:
+    task: Any = None
+    entry, known = Entry("k", Packed.of(torch.ones(2)), "note"), frozenset({"k"})
+    assert CarriedStore(Order(task), known).get("other", refuse) is None
+    with pytest.raises(InStore) as asked:
+        CarriedStore(Order(task), known).get("k", refuse)
+    assert asked.value.key == "k"
+    given = CarriedStore(Order(task, given=entry), known)
+    assert given.get("k", lambda matrix, note: (matrix.sum().item(), note)) == (2, "note")
+    assert given.get("k", refuse) is None
+    assert CarriedStore(Order(task, lost="k"), known).get("k", refuse) is None
+    for stored in (True, False):
+        store = CarriedStore(Order(task, stored=stored), known)
+        store.put("new", torch.zeros(3), "n")
+        assert [(one.key, one.note) for one in store.entries] == [("new", "n")] * stored
 
 
 def test_ray_is_imported_only_when_it_is_asked_for() -> None:
