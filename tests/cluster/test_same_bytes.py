@@ -81,7 +81,8 @@ def test_a_sweep_merges_each_matrix_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("three", "one_thread")
 def test_a_method_of_the_host_stays_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recipe = write_recipe(tmp_path / "r.yml", tiny_models(tmp_path / "models"), density=0.5)
+    models = tiny_models(tmp_path / "models")
+    recipe = write_recipe(tmp_path / "r.yml", models, density=0.5, weight=1.0)
     recipe.write_text(recipe.read_text().replace("merge_method: stf", "merge_method: ties"))
     assert_same(*both("merge", recipe, folder=tmp_path))
     assert "this merge method has no weights for a cluster" in caplog.text
