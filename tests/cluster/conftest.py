@@ -12,13 +12,13 @@ import torch
 from tests.cluster import clusters
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of hub models on each node of the cluster."""
     return tmp_path_factory.mktemp("hub")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def three(hub: Path) -> Iterator[Any]:
     """A cluster of three nodes that this process is a member of."""
     with (
