@@ -109,7 +109,7 @@ class TaskMatrices:
             )
             side = min(self.shape)
             workers = workers_for(side, self.count, self.device, leading=count < side)
-            if self.factored:
+            if self.factored or workers == 1:
                 found = list(map(work, self.read()))
             else:
                 found = map_matrices(work, self.read(), workers, self.device)
