@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_raylet_start_wait_time_s"] = "180"  # noqa: SIM112 - on a busy machine
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - on a busy machine nice workers would never end
 
 needs_ray = pytest.mark.skipif(
