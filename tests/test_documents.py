@@ -13,6 +13,7 @@ from mergekit import merge_methods
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mergekit_stf import __version__
 from mergekit_stf.cli.main import COMMANDS
 from mergekit_stf.core import LowRank, Method, TaskMatrices
 from mergekit_stf.core.methods.method import MERGE
@@ -130,3 +131,8 @@ def test_every_dependency_is_pinned() -> None:
     assert all(str(pin.specifier).startswith("==") for pin in pins)
     wanted = map(Requirement, metadata.requires("mergekit-stf") or [])
     assert {canonicalize_name(requirement.name) for requirement in wanted} <= pinned
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == __version__  # type: ignore[index]

@@ -60,7 +60,7 @@ def flow(value: object) -> float | str:
 RIDGE = Option(
     "ridge", 0.3, not_negative, "pull towards the prior, relative to the mean eigenvalue"
 )
-PRIOR = Option("prior", "matched", prior, "where no task has inputs")
+PRIOR = Option("prior", "matched", prior, "what is merged along inputs that no model learned from")
 WEIGHTING = Option("weighting", "unit", weighting, "whether tasks are heard whatever their length")
 INPUTS = Option("inputs", 1.0, fraction, "fraction of entries that stand for a task's inputs")
 FLOW = Option("flow", "none", flow, "time of gradient flow from the prior, for an early stop")
