@@ -36,7 +36,7 @@ from benchmarks.quality.table import written
 from mergekit_stf.core import methods
 
 SIZES = {
-    ("decoder", "full"): Size(9, 250, 32, 5e-5, 200, 400, 2000),
+    ("decoder", "full"): Size(9, 150, 32, 1e-4, 200, 400, 2000),
     ("decoder", "small"): Size(3, 60, 8, 1e-4, 30, 100, 40, scales=2),
     ("decoder", "tiny"): Size(2, 2, 4, 5e-5, 8, 8, 8),
     ("encoder", "full"): Size(8, 300, 32, 5e-5, 200, 400, 400),
