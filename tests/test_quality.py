@@ -7,11 +7,11 @@ import torch
 
 from benchmarks.quality.__main__ import candidates
 from benchmarks.quality.candidates import Candidate, Change
-from benchmarks.quality.leads import LEADS
+from benchmarks.quality.leads import LEADS, Lead
 from benchmarks.quality.study import Case, Score, Size, Study
 from benchmarks.quality.table import written
 from benchmarks.quality.tasks import Task, balanced, split
-from mergekit_stf.core import LowRank
+from mergekit_stf.core import LowRank, methods
 
 NAMES = ("left", "right")
 
@@ -72,7 +72,8 @@ def test_what_is_kept_is_a_share_of_the_specialists(adapters):
     assert len(kept) == len(NAMES) + len(wanted)
 
 
-def test_every_candidate_and_lead_merges():
+def test_every_candidate_and_lead_merges(monkeypatch):
+    monkeypatch.setitem(methods._METHODS, Lead.name, Lead())  # for the time of this test
     figures, _ = studied([*candidates(), *LEADS])
     found = figures["cases"]["all"]["methods"]
     assert set(found) == {one.label for one in (*candidates(), *LEADS)}

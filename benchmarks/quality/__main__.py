@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.quality import tasks as data
 from benchmarks.quality.candidates import Candidate
-from benchmarks.quality.leads import LEADS
+from benchmarks.quality.leads import LEADS, Lead
 from benchmarks.quality.machine import machine
 from benchmarks.quality.study import Bench, Case, Size, Study
 from benchmarks.quality.table import written
@@ -55,7 +55,7 @@ FIRST = ("wudi", "tsv_m", "iso_c", "stf")
 
 def candidates() -> list[Candidate]:
     """Return every method of ours, and the host's that add task vectors, the main ones first."""
-    ours = {name: Candidate(name, name) for name in methods.names() if name != "lead"}
+    ours = {name: Candidate(name, name) for name in methods.names() if name != Lead.name}
     return [
         *(ours.pop(name) for name in FIRST),
         Candidate("linear", "task_arithmetic", {"normalize": True}, scales=()),
@@ -99,6 +99,7 @@ def cases(bench: Bench, names: list[str]) -> list[tuple[Case, list[Candidate]]]:
 def measure(given: argparse.Namespace) -> None:
     """Run a bench and write its figures."""
     start = time.perf_counter()
+    methods.register(Lead())
     torch.set_float32_matmul_precision("high")
     size = SIZES[given.what, given.size]
     if given.what == "decoder":

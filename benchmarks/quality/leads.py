@@ -1,4 +1,4 @@
-"""What might be a better default: variants of ``wudi``, as a method that only the bench knows."""
+"""What might be a better default: variants of ``wudi``, as a method of the bench alone."""
 
 from __future__ import annotations
 
@@ -87,9 +87,6 @@ def _closed(matrices: list[Tensor], P: Tensor, options: Mapping[str, Any]) -> Te
     mu = options["ridge"] * A.diagonal().mean()
     A.diagonal().add_(mu)
     return torch.linalg.solve(A, B + mu * P, left=False)
-
-
-methods.register(Lead())
 
 
 def _lead(label: str, **options: Any) -> Candidate:

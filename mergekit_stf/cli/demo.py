@@ -101,12 +101,12 @@ class ProgressLine:
         """End the line."""
         self._bar.close()
         if self._label and not self._shown:
-            click.echo("", err=True)
+            echo("", err=True)
 
     def advance(self, label: str, steps: int) -> None:
         """Show what is being done, and that so many steps of it were just done."""
         if label != self._label and not self._shown:
-            click.echo(f", {label}" if self._label else label, err=True, nl=False)
+            echo(f", {label}" if self._label else label, err=True, nl=False)
         self._bar.set_description(label, refresh=label != self._label)
         self._label = label
         self._bar.update(steps)

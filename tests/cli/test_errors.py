@@ -28,7 +28,7 @@ def host_error() -> Exception:
     [
         ("mrege", "no command 'mrege'; did you mean 'merge'?"),
         ("Doctor", "no command 'Doctor'; did you mean 'doctor'?"),
-        ("xyz", "no command 'xyz'; there are demo, plan, merge, "),
+        ("xyz", "no command 'xyz'; there are demo, init, plan, merge, "),
     ],
 )
 def test_a_misspelt_command_names_the_one_that_is_meant(word: str, expected: str) -> None:

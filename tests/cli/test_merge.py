@@ -257,8 +257,9 @@ def test_a_hostile_index_is_refused(
 def test_a_hostile_configuration_is_refused(
     models: Checkpoints, recipe: Path, tmp_path: Path, text: str, expected: str
 ) -> None:
-    (models.tuned[0] / "config.json").write_text(text)
-    (models.tuned[0] / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    for model in (models.base, *models.tuned):
+        (model / "config.json").write_text(text)
+        (model / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     assert expected in refused(merge(recipe, tmp_path / "out"))
     assert not (tmp_path / "run").exists()
 

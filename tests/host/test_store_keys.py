@@ -27,8 +27,13 @@ from tests.processes import CONTEXT
 @pytest.fixture
 def fresh_build() -> Iterator[Callable[[], None]]:
     """Forget what is known of this build, for the test and after it."""
-    yield entry._build.cache_clear
-    entry._build.cache_clear()
+
+    def forget() -> None:
+        entry._build.cache_clear()
+        entry.sources.cache_clear()
+
+    yield forget
+    forget()
 
 
 def test_every_input_changes_the_key(

@@ -26,14 +26,15 @@ MOVES = re.compile(r"[\r\n]|(\x1b\[A)+")
 """What a progress bar writes besides its text."""
 
 
-def echo(line: str, err: bool = False) -> None:
+def echo(line: str, err: bool = False, nl: bool = True) -> None:
     """Print one line, whatever is in it.
 
     Args:
         line: its text; control characters and line breaks in it are escaped.
         err: print to the standard error stream.
+        nl: end the line; else the next one goes on in it.
     """
-    click.echo(printable(line), err=err)
+    click.echo(printable(line), err=err, nl=nl)
 
 
 def echo_json(model: BaseModel) -> None:
