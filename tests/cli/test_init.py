@@ -152,6 +152,15 @@ def test_a_name_of_the_hub_is_found_in_the_cache(
     assert done.exit_code == 0, done.output
     data = yaml.safe_load(recipe.read_text("utf-8"))
     assert (data["base_model"], data["models"][0]["model"]) == ("org/base", "org/tuned1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the recipe says next, offline
+    for command in (["plan", recipe], ["merge", recipe, tmp_path / "merged"]):
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    run("init", "base", "tuned1", "-o", tmp_path / "local.yml")
+    expected = run("merge", tmp_path / "local.yml", tmp_path / "local")
+    assert expected.exit_code == 0
+    found, wanted = (tmp_path / name / "model.safetensors" for name in ("merged", "local"))
+    assert found.read_bytes() == wanted.read_bytes()
 
 
 def test_a_recipe_that_is_there_stays(tmp_path: Path) -> None:

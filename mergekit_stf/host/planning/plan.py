@@ -23,6 +23,7 @@ from mergekit_stf.host.planning.preflight import format_bytes, preflight
 from mergekit_stf.host.planning.probe import Probe, probe_models
 from mergekit_stf.host.planning.schedule import ClusterEstimate
 from mergekit_stf.host.recipe.recipe import Recipe
+from mergekit_stf.host.run.network import heed_offline_mode
 from mergekit_stf.host.store.store import Store
 from mergekit_stf.text import printable
 
@@ -82,6 +83,7 @@ class Plan(BaseModel):
         return "\n".join(map(printable, self.lines()))
 
 
+@heed_offline_mode()
 def make_plan(recipe: Recipe, out: Path, options: MergeOptions, sample: int = 0) -> Plan:
     """Check a recipe and say what its merge will take, without reading weights.
 

@@ -26,6 +26,7 @@ from mergekit_stf.host.provenance.card import make_card
 from mergekit_stf.host.provenance.digests import Digests
 from mergekit_stf.host.provenance.lock import make_lock, write_lock
 from mergekit_stf.host.recipe.recipe import Recipe
+from mergekit_stf.host.run.network import heed_offline_mode
 
 LOG = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class AdapterMerge:
     modules: tuple[Module, ...]
 
 
+@heed_offline_mode()
 def merge_to_model(
     recipe: Recipe, out: Path, options: MergeOptions, force: bool = False, locked: bool = False
 ) -> AdapterMerge:
@@ -70,6 +72,7 @@ def merge_to_model(
         return _merge(recipe, options, work, write, ("lora",), locked)
 
 
+@heed_offline_mode()
 def merge_to_adapter(
     recipe: Recipe,
     out: Path,

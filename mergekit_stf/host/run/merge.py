@@ -30,6 +30,7 @@ from mergekit_stf.host.provenance.card import make_card
 from mergekit_stf.host.provenance.digests import Digests, Known
 from mergekit_stf.host.provenance.lock import Lock, make_lock, write_lock
 from mergekit_stf.host.recipe.recipe import Recipe
+from mergekit_stf.host.run.network import heed_offline_mode
 from mergekit_stf.host.store.store import DEFAULT_SIZE, Store
 
 LOG = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class FinishedMerge:
     store: str
 
 
+@heed_offline_mode()
 def merge_recipe(
     recipe: Recipe,
     out: Path,
