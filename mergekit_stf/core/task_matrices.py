@@ -92,6 +92,11 @@ class TaskMatrices:
         for M in self.read():
             yield M.dense().to(self.dtype) if isinstance(M, LowRank) else M
 
+    def formed(self) -> TaskMatrices:
+        """Return the same, all formed and kept, for whoever needs them together or again."""
+        kept = list(self.read() if self.factored else self.matrices())
+        return replace(self, read=lambda: iter(kept), _features={})
+
     def features(self, rank: float = 1.0, route: str = "auto") -> tuple[Features, ...]:
         """Return the features of each task, all of one type; of rank 0 where its matrix is zero.
 

@@ -37,6 +37,7 @@ class IsoC(Method):
 
     def merge(self, tasks: TaskMatrices, options: Mapping[str, Any]) -> Merged:
         """Merge the task matrices of one linear map; see the class."""
+        tasks = tasks.formed()
         (sum_,) = TaskMatrices.of([tasks.total()], tasks.source_dtype, tasks.name).features()
         flat = replace(sum_, s=torch.full_like(sum_.s, float(sum_.s.sum()) / min(tasks.shape)))
         M = combined(tasks, [flat], [flat.s])

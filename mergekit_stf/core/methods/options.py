@@ -85,14 +85,10 @@ def ridge_or_auto(value: object) -> float | str:
     """Return ``auto`` or a number that is not negative."""
     if value == "auto":
         return "auto"
-    message = "must be `auto` or a number, 0 or above"
     try:
-        converted = number(value)
+        return not_negative(value)
     except ValueError:
-        raise ValueError(message) from None
-    if converted < 0:
-        raise ValueError(message)
-    return converted
+        raise ValueError("must be `auto` or a number, 0 or above") from None
 
 
 def calibration(value: object) -> float:

@@ -56,8 +56,7 @@ class TSVM(Method):
         U, V = map_matrices(orthogonalise, stacked, workers, tasks.device)
         s = torch.cat([f.s for f in present])
         M = LowRank(U * s, V.mT) if tasks.factored else (U * s) @ V.mT
-        record = describe(tasks, M, features, tasks.cosines())
-        return Merged(M, record, find_triples(U, s, V))
+        return Merged(M, describe(tasks, M, features), find_triples(U, s, V))
 
 
 def orthogonalise(X: Tensor, singular: float = SINGULAR) -> Tensor:
@@ -78,9 +77,9 @@ def find_triples(U: Tensor, s: Tensor, V: Tensor) -> Features | None:
     """Return the singular triples of ``U diag(s) Vᵀ``, unless columns have lost their direction.
 
     Args:
-        U: (m, r), from ``orthogonalised``.
+        U: (m, r), from ``orthogonalise``.
         s: (r,).
-        V: (n, r), from ``orthogonalised``.
+        V: (n, r), from ``orthogonalise``.
     """
     whole = all(round(float(X.square().sum())) == s.numel() for X in (U, V))
     return Features(U, s, V.mT, "orthogonalised") if whole else None

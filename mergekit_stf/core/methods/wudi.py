@@ -126,8 +126,7 @@ class Wudi(Method):
                 f"{tasks.name or 'a weight'}: `inputs` keeps the largest entries of whole matrices,"
                 " and adapters are merged from their factors; leave it at 1"
             )
-        if not tasks.factored:
-            tasks = _form_once(tasks)
+        tasks = tasks.formed()  # the record's cosines need all together in any case
         M = (_in_factors if tasks.factored else _whole)(tasks, options)
         return Merged(M, describe(tasks, M, ridge=float(options["ridge"])))
 
@@ -144,15 +143,6 @@ def prior_scale(kind: str, squares: float, total: float, count: int) -> float:
     if kind == "matched":
         return min(1.0, squares / total) if total else 0.0
     return {"sum": 1.0, "mean": 1.0 / count, "none": 0.0}[kind]
-
-
-def _form_once(tasks: TaskMatrices) -> TaskMatrices:
-    """Keep the task matrices, which the record's cosines need together in any case.
-
-    To form and trim them again for each question costs a quarter of the time.
-    """
-    whole = list(tasks.matrices())
-    return TaskMatrices.of(whole, tasks.source_dtype, tasks.name, tasks.input_axis)
 
 
 def _whole(tasks: TaskMatrices, options: Mapping[str, Any]) -> Tensor | LowRank:
