@@ -9,10 +9,9 @@ import click
 
 from mergekit_stf.cli.common.out_folder import OutFolder
 from mergekit_stf.cli.common.points import (
-    Values,
+    Grid,
     Work,
     add_grid_options,
-    gather_values,
     merge_points,
     print_warnings,
 )
@@ -22,7 +21,6 @@ from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_
 from mergekit_stf.host.recipe.grid import method_points
 from mergekit_stf.host.recipe.recast import Recast
 from mergekit_stf.host.recipe.recipe import load_recipe
-from mergekit_stf.sweep.evaluate import Evaluation
 
 
 def parse_names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -56,16 +54,7 @@ def command(
     out: Path,
     methods: tuple[str, ...],
     defaults: bool,
-    lambdas: tuple[float, ...] | None,
-    density: tuple[float, ...] | None,
-    rank: tuple[float, ...] | None,
-    vary: Values,
-    command_line: str | None,
-    lower_is_better: bool,
-    force: bool,
-    keep_store: bool,
-    store_size: int,
-    ray_address: str | None,
+    grid: Grid,
 ) -> None:
     """Merge CONFIG once by every method, into one folder each under OUT.
 
@@ -82,18 +71,13 @@ def command(
       mergekit-stf compare config.yml out/ --methods wudi,ties,linear --defaults \\
           --lambda 0.6:1.4:0.2
     """
-    values = gather_values(lambdas, density, rank, vary)
     recipe = load_recipe(config_file)
     merge_options.apply_global_options()
-    points, recasts = method_points(recipe, methods, values, defaults)
-    print_warnings(recipe, values)
+    points, recasts = method_points(recipe, methods, grid.values, defaults)
+    print_warnings(recipe, grid.values)
     _print_dropped(recasts)
     out_folder(out)  # is refused now or never
-    evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    work = Work(
-        "compare", out, merge_options, evaluation, force, store_size, keep_store, ray_address
-    )
-    merge_points(points, work)
+    merge_points(points, Work("compare", out, merge_options, grid))
 
 
 def _print_dropped(recasts: Mapping[str, Recast]) -> None:

@@ -8,10 +8,9 @@ import click
 
 from mergekit_stf.cli.common.out_folder import OutFolder
 from mergekit_stf.cli.common.points import (
-    Values,
+    Grid,
     Work,
     add_grid_options,
-    gather_values,
     merge_points,
     print_warnings,
 )
@@ -19,7 +18,6 @@ from mergekit_stf.host.outputs.out_folder import out_folder
 from mergekit_stf.host.plugin.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_stf.host.recipe.grid import grid_points
 from mergekit_stf.host.recipe.recipe import load_recipe
-from mergekit_stf.sweep.evaluate import Evaluation
 
 
 @click.command("sweep", cls=PrettyPrintHelp)
@@ -31,16 +29,7 @@ def command(
     merge_options: MergeOptions,
     config_file: Path,
     out: Path,
-    lambdas: tuple[float, ...] | None,
-    density: tuple[float, ...] | None,
-    rank: tuple[float, ...] | None,
-    vary: Values,
-    command_line: str | None,
-    lower_is_better: bool,
-    force: bool,
-    keep_store: bool,
-    store_size: int,
-    ray_address: str | None,
+    grid: Grid,
 ) -> None:
     """Merge CONFIG once for every value of a grid, into one folder each under OUT.
 
@@ -56,13 +45,10 @@ def command(
           --eval "python score.py {out}"
       mergekit-stf sweep config.yml out/ --vary ridge=0.1,0.3,1 --vary prior=matched,sum
     """
-    values = gather_values(lambdas, density, rank, vary)
-    if not values:
+    if not grid.values:
         raise click.UsageError("give at least one of --lambda, --density, --rank and --vary")
     recipe = load_recipe(config_file)
     merge_options.apply_global_options()
-    print_warnings(recipe, values)
+    print_warnings(recipe, grid.values)
     out_folder(out)  # is refused now or never
-    evaluation = Evaluation(command_line, lower_is_better) if command_line else None
-    work = Work("sweep", out, merge_options, evaluation, force, store_size, keep_store, ray_address)
-    merge_points(grid_points(recipe, values), work)
+    merge_points(grid_points(recipe, grid.values), Work("sweep", out, merge_options, grid))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -39,13 +40,11 @@ Values = dict[str, tuple[Value, ...]]
 
 
 @dataclass(frozen=True)
-class Work:
-    """How points are merged and scored.
+class Grid:
+    """What the options of a grid say.
 
     Attributes:
-        name: of the table and the plot.
-        out: the folder that gets them, and a folder for each point.
-        options: the host's.
+        values: of each parameter that is varied.
         evaluation: how to score a point, None to leave that.
         force: merge again what is not as it should be.
         store_size: most bytes of the store.
@@ -53,14 +52,29 @@ class Work:
         ray_address: of the cluster that merges, None for this process.
     """
 
-    name: str
-    out: Path
-    options: MergeOptions
+    values: Values
     evaluation: Evaluation | None
     force: bool
     store_size: int
     keep_store: bool
-    ray_address: str | None = None
+    ray_address: str | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """How points are merged and scored.
+
+    Attributes:
+        name: of the table and the plot.
+        out: the folder that gets them, and a folder for each point.
+        options: the host's.
+        grid: the command line's.
+    """
+
+    name: str
+    out: Path
+    options: MergeOptions
+    grid: Grid
 
 
 def parse_numbers(
@@ -90,11 +104,24 @@ def parse_vary(
 
 
 def add_grid_options(command: F) -> F:
-    """Add the options of a grid, of its evaluation and of the store.
+    """Add the options of a grid, of its evaluation and of the store; they arrive as ``grid``."""
 
-    They arrive as ``lambdas``, ``density``, ``rank``, ``vary``, ``command_line``,
-    ``lower_is_better``, ``force``, ``keep_store``, ``store_size`` and ``ray_address``.
-    """
+    @functools.wraps(command)
+    def with_grid(
+        *args: Any,
+        lambdas: tuple[float, ...] | None,
+        density: tuple[float, ...] | None,
+        rank: tuple[float, ...] | None,
+        vary: Values,
+        command_line: str | None,
+        lower_is_better: bool,
+        **given: Any,
+    ) -> Any:
+        values = gather_values({"lambda": lambdas, "density": density, "rank": rank}, vary)
+        evaluation = Evaluation(command_line, lower_is_better) if command_line else None
+        own = {one.name: given.pop(one.name) for one in fields(Grid) if one.name in given}
+        return command(*args, grid=Grid(values, evaluation, **own), **given)
+
     numbers: dict[str, Any] = {"callback": parse_numbers, "metavar": "VALUES"}
     options = (
         click.option("--lambda", "lambdas", **numbers, help="Values of lambda, e.g. 0.4:1.2:0.1."),
@@ -125,23 +152,22 @@ def add_grid_options(command: F) -> F:
         add_store_options,
         add_ray_option,
     )
+    found = with_grid
     for option in reversed(options):
-        command = option(command)
-    return command
+        found = option(found)
+    return cast("F", found)
 
 
-def gather_values(
-    lambdas: tuple[float, ...] | None,
-    density: tuple[float, ...] | None,
-    rank: tuple[float, ...] | None,
-    vary: Values,
-) -> Values:
+def gather_values(given: Mapping[str, tuple[float, ...] | None], vary: Values) -> Values:
     """Return the values of every parameter that the command line varies.
+
+    Args:
+        given: by options of their own.
+        vary: by ``--vary``.
 
     Raises:
         click.UsageError: ``--vary`` names a parameter that has an option of its own.
     """
-    given = {"lambda": lambdas, "density": density, "rank": rank}
     found: Values = {name: values for name, values in given.items() if values is not None}
     if twice := sorted(set(found) & set(vary)):
         raise click.UsageError(f"{twice[0]} is given twice, by --{twice[0]} and by --vary")
@@ -158,9 +184,9 @@ def print_warnings(recipe: Recipe, values: Values) -> None:
 
 def merge_points(points: Sequence[Point], work: Work) -> None:
     """Merge and score every point, and write the table, the plot and the best recipe."""
-    with open_executor(work.ray_address, work.options) as executor:
+    with open_executor(work.grid.ray_address, work.options) as executor:
         rows = _rows(points, work, executor)
-    if not work.keep_store:
+    if not work.grid.keep_store:
         Store(work.out / ".store").clear()
     _finish(rows, work)
 
@@ -168,15 +194,17 @@ def merge_points(points: Sequence[Point], work: Work) -> None:
 def _rows(points: Sequence[Point], work: Work, executor: Executor | None) -> list[Row]:
     rows: list[Row] = []
     known: Known = {}
-    store = StoreOptions(work.out / ".store", work.store_size)
+    store = StoreOptions(work.out / ".store", work.grid.store_size)
     try:
         for point in points:
             started, folder = time.perf_counter(), work.out / point.name
-            state = merge_point(point, folder, work.options, store, known, work.force, executor)
+            state = merge_point(
+                point, folder, work.options, store, known, work.grid.force, executor
+            )
             seconds = time.perf_counter() - started
-            rows.append(_row(point, folder, work.evaluation))
+            rows.append(_row(point, folder, work.grid.evaluation))
             if not work.options.quiet:
-                scored = f", score {rows[-1].score:g}" if work.evaluation else ""
+                scored = f", score {rows[-1].score:g}" if work.grid.evaluation else ""
                 took = f" in {seconds:.1f} s" if state.startswith("merged") else ""
                 echo(f"[{len(rows)}/{len(points)}] {folder} {state}{took}{scored}")
     except (KeyboardInterrupt, Terminated) as error:
@@ -195,7 +223,7 @@ def _row(point: Point, folder: Path, evaluation: Evaluation | None) -> Row:
 
 def _finish(rows: Sequence[Row], work: Work) -> None:
     echo(f"{write_table(rows, work.out / f'{work.name}.csv')}: {len(rows)} points")
-    if work.evaluation is None:
+    if work.grid.evaluation is None:
         return
     for line in format_lines(rows):
         echo(line)
@@ -205,4 +233,4 @@ def _finish(rows: Sequence[Row], work: Work) -> None:
         from mergekit_stf.sweep.plot import write_plot
 
         echo(f"{write_plot(rows, work.out / f'{work.name}.png')}: the scores as a plot")
-    echo(f"{write_best(rows, work.out, work.evaluation.lower_is_better)}: the best recipe")
+    echo(f"{write_best(rows, work.out, work.grid.evaluation.lower_is_better)}: the best recipe")
