@@ -225,21 +225,24 @@ def add_source(options: argparse.ArgumentParser) -> None:
     options.add_argument("--source", choices=ACCURACY, default="float32", help="checkpoints")
 
 
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return what a figure is measured on: date, processor, card and versions."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "card": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def write(path: Path | None, figures: dict[str, Any], device: str = "cpu") -> None:
     """Write the figures with the machine, the versions and the date."""
     if path is None:
         return
-    card = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    machine = {
-        "date": date.today().isoformat(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "card": card,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(device), **figures}, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -107,3 +107,11 @@ def test_splits_share_no_example_and_do_not_depend_on_the_order():
     parts = [{text for text, _ in part} for part in (one.train, one.validation, one.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 2000
     assert len(list(balanced(pairs, 100))) == 200
+
+
+def test_the_free_variant_is_wudi_at_its_defaults(monkeypatch):
+    monkeypatch.setitem(methods._METHODS, Lead.name, Lead())
+    toy = Inputs()
+    change = Change(toy.base, [toy.train(Task(name, "", [], [], []), 0) for name in NAMES])
+    lead, wudi = (change.by(Candidate(name, name))(1.0) for name in (Lead.name, "wudi"))
+    torch.testing.assert_close(lead["layer.weight"], wudi["layer.weight"])

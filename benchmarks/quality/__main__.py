@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from benchmarks.harness import machine
 from benchmarks.quality import tasks as data
 from benchmarks.quality.candidates import Candidate
 from benchmarks.quality.leads import LEADS, Lead
-from benchmarks.quality.machine import machine
 from benchmarks.quality.study import Bench, Case, Size, Study
 from benchmarks.quality.table import written
 from mergekit_stf.core import methods
@@ -109,7 +110,7 @@ def measure(given: argparse.Namespace) -> None:
     bench = Model(size, given.device, given.base)
     chosen = chosen_tasks(given, size)
     figures: dict[str, Any] = {
-        "machine": machine(given.device),
+        "machine": machine(given.device) | {"transformers": transformers.__version__},
         "bench": given.what,
         "size": {"name": given.size, **asdict(size)},
         "tasks": {task.name: [task.kind, len(task.train)] for task in chosen},

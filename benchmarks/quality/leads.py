@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from benchmarks.quality.candidates import Candidate
 from mergekit_stf.core import methods
 from mergekit_stf.core.methods import Kind, Merged, Method, Option, describe
 from mergekit_stf.core.methods.options import number
+from mergekit_stf.core.methods.wudi import prior_scale
 from mergekit_stf.core.task_matrices import TaskMatrices
 
 LAMBDA_ONE = (0.8, 1.0, 1.2)
@@ -66,10 +68,8 @@ def _prior(tasks: TaskMatrices, matrices: list[Tensor], name: str) -> Tensor:
         given = {option.name: option.default for option in method.options}
         return method.merge(tasks, given).M
     S = sum(matrices)
-    squares = sum(M.square().sum() for M in matrices)
-    factors = {"sum": 1.0, "mean": 1 / len(matrices), "none": 0.0}
-    factors["matched"] = min(1.0, float(squares / S.square().sum()))
-    return factors[name] * S
+    squares = float(sum(M.square().sum() for M in matrices))
+    return prior_scale(name, squares, float(S.square().sum()), len(matrices)) * S
 
 
 def _closed(matrices: list[Tensor], P: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -89,17 +89,23 @@ def _closed(matrices: list[Tensor], P: Tensor, options: Mapping[str, Any]) -> Te
     return torch.linalg.solve(A, B + mu * P, left=False)
 
 
+def _wudi(label: str, options: Mapping[str, Any] = MappingProxyType({}), **given: Any) -> Candidate:
+    """Return ``wudi`` with options of its own, or other fields of a candidate."""
+    return Candidate(label, "wudi", options, scales=LAMBDA_ONE, **given)
+
+
 def _lead(label: str, **options: Any) -> Candidate:
-    return Candidate(label, "lead", options, scales=LAMBDA_ONE)
+    return Candidate(label, Lead.name, options, scales=LAMBDA_ONE)
 
 
 def _ruled(label: str, kind: Kind, rule: str, factor: float = 1.0) -> Candidate:
-    return Candidate(label, "wudi", rules={kind: rule}, factors={kind: factor}, scales=LAMBDA_ONE)
+    return _wudi(label, rules={kind: rule}, factors={kind: factor})
 
 
 LEADS = (
-    *(_lead(f"ridge {ridge:g}", ridge=ridge) for ridge in (0.03, 0.1, 1.0, 3.0)),
-    *(_lead(f"prior {prior}", prior=prior) for prior in ("sum", "mean", "none", "stf", "tsv_m")),
+    *(_wudi(f"ridge {ridge:g}", {"ridge": ridge}) for ridge in (0.03, 0.1, 1.0, 3.0)),
+    *(_wudi(f"prior {prior}", {"prior": prior}) for prior in ("sum", "mean", "none")),
+    *(_lead(f"prior {prior}", prior=prior) for prior in ("stf", "tsv_m")),
     *(_lead(f"spectrum^{power:g}", power=power) for power in (0.75, 0.5)),
     *(_lead(f"weights |M|^-{exponent:g}", exponent=exponent) for exponent in (0.0, 1.0, 3.0)),
     *(_lead(f"projectors {share:g}", trimmed=share) for share in (0.5, 0.25)),
@@ -110,12 +116,6 @@ LEADS = (
     _ruled("tables of the base", Kind.TABLE, "base"),
     _ruled("normalisations summed", Kind.NORMALISATION, "sum"),
     _ruled("vectors averaged", Kind.VECTOR, "mean"),
-    *(
-        Candidate(f"density {density:g}", "wudi", density=density, scales=LAMBDA_ONE)
-        for density in (0.5, 0.2)
-    ),
-    *(
-        Candidate(f"depth {a:g} to {b:g}", "wudi", depth=(a, b), scales=LAMBDA_ONE)
-        for a, b in ((0.8, 1.2), (1.2, 0.8))
-    ),
+    *(_wudi(f"density {density:g}", density=density) for density in (0.5, 0.2)),
+    *(_wudi(f"depth {a:g} to {b:g}", depth=(a, b)) for a, b in ((0.8, 1.2), (1.2, 0.8))),
 )
