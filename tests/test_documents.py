@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from mergekit import merge_methods
 from packaging.requirements import Requirement
@@ -136,3 +138,42 @@ def test_every_dependency_is_pinned() -> None:
 def test_the_citation_names_this_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
     assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == __version__  # type: ignore[index]
+
+
+QUALITY = {"encoder_h200.json": "accuracy", "decoder_small.json": "kept"}
+LABELS = {
+    "TIES, density 0.2": "ties, density 0.2",
+    "mergekit's ties, density 0.2": "ties, density 0.2",
+    "task arithmetic": "task_arithmetic",
+    "mergekit's task_arithmetic": "task_arithmetic",
+    "average": "linear",
+}
+
+
+def measured_qualities(method: str) -> list[str]:
+    """Return what was measured, at the default and, if a scale was chosen, at the best one."""
+    found = []
+    for file, value in QUALITY.items():
+        text = (ROOT / "benchmarks" / "results" / "quality" / file).read_text("utf-8")
+        merges = json.loads(text)["runs"][0]["cases"]["all"]["methods"]
+        if entry := merges.get(method):
+            for when in ("default", "best") if entry["grid"] else ("default",):
+                each = entry[when][value]
+                number = np.mean(list(each.values())) if isinstance(each, dict) else each
+                found.append(f"{100 * number:.1f}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "columns", "count"), [("README.md", 4, 8), ("docs/methods.md", 2, 13)]
+)
+def test_the_qualities_shown_are_those_measured(page: str, columns: int, count: int) -> None:
+    checked = 0
+    for line in (ROOT / page).read_text("utf-8").splitlines():
+        title, *cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        name = title.replace("`", "").replace("*", "")
+        shown = re.findall(r"\b\d+\.\d\b", " ".join(cells[:columns]))
+        if shown and (wanted := measured_qualities(LABELS.get(name, name))):
+            assert shown == wanted, name
+            checked += 1
+    assert checked == count
