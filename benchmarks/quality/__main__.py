@@ -156,7 +156,9 @@ def chosen_tasks(given: argparse.Namespace, size: Size) -> list[data.Task]:
 def main() -> None:
     """Read the command line."""
     options = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality", description=__doc__, formatter_class=_Formatter
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = options.add_subparsers(dest="what", required=True)
     for name in ("decoder", "encoder"):
@@ -182,10 +184,6 @@ def main() -> None:
             print(written(json.loads(file.read_text())))
     else:
         measure(given)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

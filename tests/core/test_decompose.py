@@ -10,6 +10,7 @@ from mergekit_stf.core import STFError, decompose, superpose
 from mergekit_stf.core.features import choose_route
 from mergekit_stf.core.features.decompose import ROUTES
 from mergekit_stf.core.features.routes import eigen, lower_gram
+from tests.core.cases import with_equal_lengths
 
 
 def matrix(m=60, n=40, seed=0):
@@ -146,3 +147,12 @@ def test_exact_routes_wait_for_their_turn_and_shortcuts_do_not(monkeypatch, rank
     s = (1 + torch.arange(280.0)) ** -1.5
     decompose(matrix(300, 280) * s, rank)
     assert len(taken) == turns
+
+
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-4, 1e-2])
+def test_a_long_run_of_close_values_gives_the_matrix_back(spread):
+    """More of them than are separated in float64, so that rotations alone leave them askew."""
+    M = with_equal_lengths(700, spread)
+    found = decompose(M, route="gram_refined")
+    assert float((found.U * found.s @ found.Vh - M).norm() / M.norm()) <= 1e-5
+    assert float((found.Vh @ found.Vh.mT - torch.eye(700)).abs().max()) <= 1e-5
