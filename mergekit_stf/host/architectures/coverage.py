@@ -120,24 +120,36 @@ def guard_planning(
     models = [model for model in input_ids if isinstance(model, ModelReference)]
     if not planning or not isinstance(base_id, ModelReference) or len(models) < len(input_ids):
         return
-    cache = LoaderCache()
     for model in models:
-        weight_files(Path(cache.get(model).index.base_path))
+        weight_files(Path(LoaderCache().get(model).index.base_path))
+    # The host has refused or allowed mixed architectures by now.
+    recipe, options = recipe_of_group(method, base_id, models, allow_crimes=True)
+    check_copies(models, options)
+    check_coverage(recipe, options)
+
+
+def recipe_of_group(
+    method: str, base: ModelReference, models: Sequence[ModelReference], allow_crimes: bool = False
+) -> tuple[MergeConfiguration, MergeOptions]:
+    """Return a recipe of the models that the host merges, and its options as its loaders have them.
+
+    Args:
+        method: the name of the merge method.
+        base: the base model.
+        models: the models of one weight; the base may be among them.
+        allow_crimes: allow mixed architectures.
+    """
+    cache = LoaderCache()
     options = MergeOptions(
         transformers_cache=cache.hf_cache_dir,
         lora_merge_cache=cache.lora_cache_dir,
         lora_merge_dtype=cache.lora_merge_dtype,
         lazy_unpickle=cache.lazy_unpickle,
         trust_remote_code=cache.trust_remote_code,
-        allow_crimes=True,  # the host has refused or allowed mixed architectures by now
+        allow_crimes=allow_crimes,
     )
-    check_copies(models, options)
-    recipe = MergeConfiguration(
-        merge_method=method,
-        base_model=base_id,
-        models=[InputModelDefinition(model=model) for model in models],
-    )
-    check_coverage(recipe, options)
+    named = [InputModelDefinition(model=model) for model in models]
+    return MergeConfiguration(merge_method=method, base_model=base, models=named), options
 
 
 @contextmanager

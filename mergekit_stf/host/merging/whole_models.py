@@ -16,16 +16,14 @@ from pathlib import Path
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
-from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_stf.core.errors import STFError
 from mergekit_stf.core.methods import Method
 from mergekit_stf.core.precision import CHUNK
-from mergekit_stf.host.architectures.coverage import suspend_guard
+from mergekit_stf.host.architectures.coverage import recipe_of_group, suspend_guard
 from mergekit_stf.host.merging.finite import check_finite
 
 LOG = logging.getLogger(__name__)
@@ -130,21 +128,8 @@ def _planned(
     # Imported here, for our registration may follow an import of ``mergekit.plan`` half-way.
     from mergekit_stf.host.planning.planned import plan_weights
 
-    opened = LoaderCache()
-    options = MergeOptions(
-        lora_merge_cache=opened.lora_cache_dir,
-        lora_merge_dtype=opened.lora_merge_dtype,
-        transformers_cache=opened.hf_cache_dir,
-        lazy_unpickle=opened.lazy_unpickle,
-        trust_remote_code=opened.trust_remote_code,
-    )
-    config = MergeConfiguration(
-        merge_method=method,
-        base_model=base,
-        models=[InputModelDefinition(model=model) for model in models],
-    )
     with suspend_guard():
-        weights = plan_weights(config, options)
+        weights = plan_weights(*recipe_of_group(method, base, models))
     yield from ((weight.name, weight.load) for weight in weights)
 
 
